@@ -1,0 +1,3 @@
+module github.com/holdfast-io/holdfast/acker
+
+go 1.26.0

@@ -1,0 +1,3 @@
+module github.com/holdfast-io/holdfast/e2e
+
+go 1.26.0
