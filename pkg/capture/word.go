@@ -1,0 +1,115 @@
+package capture
+
+import (
+	"encoding/json"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// SpoolRef names one spool record: the value of [HeaderSpool].
+type SpoolRef struct {
+	Ingress string
+	Start   string // id of the process start that wrote the record, hex
+	Index   uint64
+}
+
+// String is "<ingress>/<start>/<index>".
+func (r SpoolRef) String() string {
+	return r.Ingress + "/" + r.Start + "/" + strconv.FormatUint(r.Index, 10)
+}
+
+// ParseSpoolRef reads the header of a message. ok is false when it has none or
+// a malformed one: then nobody waits for a word about it.
+func ParseSpoolRef(h Header) (ref SpoolRef, ok bool) {
+	ingress, rest, ok1 := strings.Cut(first(h, HeaderSpool), "/")
+	start, index, ok2 := strings.Cut(rest, "/")
+	n, err := strconv.ParseUint(index, 10, 64)
+	if !ok1 || !ok2 || err != nil || !ValidIngress(ingress) || start == "" {
+		return SpoolRef{}, false
+	}
+	return SpoolRef{Ingress: ingress, Start: start, Index: n}, true
+}
+
+// Word releases spool records: what they hold is durable elsewhere. It travels
+// on [CommittedSubject]. It may be lost or repeated; both do no harm.
+type Word struct {
+	Start    string      `json:"start"`
+	Released [][2]uint64 `json:"released"` // ranges of indexes, both ends included
+}
+
+// Encode gives the word as JSON.
+func (w Word) Encode() []byte {
+	b := append([]byte(`{"start":`), strconv.Quote(w.Start)...)
+	b = append(b, `,"released":[`...)
+	for i, r := range w.Released {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = append(b, '[')
+		b = strconv.AppendUint(b, r[0], 10)
+		b = append(b, ',')
+		b = strconv.AppendUint(b, r[1], 10)
+		b = append(b, ']')
+	}
+	return append(b, ']', '}')
+}
+
+// DecodeWord reads a word. Errors wrap [ErrMalformed].
+func DecodeWord(data []byte) (Word, error) {
+	var w Word
+	if err := json.Unmarshal(data, &w); err != nil {
+		return Word{}, fmt.Errorf("decode word: %w: %w", ErrMalformed, err)
+	}
+	for _, r := range w.Released {
+		if w.Start == "" || r[0] > r[1] {
+			return Word{}, fmt.Errorf("decode word: %w", ErrMalformed)
+		}
+	}
+	return w, nil
+}
+
+// Heartbeat is what an ingress says of its spool, on [HeartbeatSubject].
+type Heartbeat struct {
+	Ingress    string    `json:"ingress"`
+	Start      string    `json:"start"`
+	Now        time.Time `json:"now"` // the ingress's clock
+	Unreleased int       `json:"unreleased"`
+	// OldestUnreleased is by the ingress's clock, zero when there is none. Only
+	// its distance from Now means anything elsewhere.
+	OldestUnreleased time.Time `json:"oldest_unreleased,omitzero"`
+	// Stopped is set on the last heartbeat of an ingress that stops with an
+	// empty spool: nobody has to wait for it any more.
+	Stopped bool `json:"stopped,omitempty"`
+}
+
+// Encode gives the heartbeat as JSON.
+func (h Heartbeat) Encode() ([]byte, error) {
+	b, err := json.Marshal(h)
+	if err != nil {
+		return nil, fmt.Errorf("encode heartbeat: %w", err)
+	}
+	return b, nil
+}
+
+// DecodeHeartbeat reads a heartbeat. Errors wrap [ErrMalformed].
+func DecodeHeartbeat(data []byte) (Heartbeat, error) {
+	var h Heartbeat
+	if err := json.Unmarshal(data, &h); err != nil {
+		return Heartbeat{}, fmt.Errorf("decode heartbeat: %w: %w", ErrMalformed, err)
+	}
+	if !ValidIngress(h.Ingress) || h.Now.IsZero() {
+		return Heartbeat{}, fmt.Errorf("decode heartbeat: %w: ingress %q, now %s", ErrMalformed, h.Ingress, h.Now)
+	}
+	return h, nil
+}
+
+// UnreleasedFor is how long the oldest unreleased record has waited, 0 when
+// there is none.
+func (h Heartbeat) UnreleasedFor() time.Duration {
+	if h.Unreleased == 0 || h.OldestUnreleased.IsZero() {
+		return 0
+	}
+	return max(h.Now.Sub(h.OldestUnreleased), 0)
+}
