@@ -2,6 +2,7 @@ package service
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -37,8 +38,11 @@ func NewHTTPServer(handler http.Handler, logger *slog.Logger) *http.Server {
 
 // Server is an HTTP server on a listener that is bound already. It is a Component.
 type Server struct {
-	// HTTP may be changed until Run. With a TLSConfig it serves TLS.
+	// HTTP may be changed until Run, but for TLSConfig, which net/http sets itself.
 	HTTP *http.Server
+	// TLS may be set until Run, and makes the server speak TLS and HTTP/2. It
+	// must hold or get a certificate.
+	TLS *tls.Config
 
 	name     string
 	listener net.Listener
@@ -63,7 +67,7 @@ func (s *Server) Addr() net.Addr { return s.listener.Addr() }
 // bound address, loopback where all addresses are bound.
 func (s *Server) URL() string {
 	scheme := "http"
-	if s.HTTP.TLSConfig != nil {
+	if s.TLS != nil {
 		scheme = "https"
 	}
 	host, port, _ := net.SplitHostPort(s.Addr().String())
@@ -79,7 +83,8 @@ func (s *Server) Run(ctx context.Context) error {
 	defer release()
 	s.logger.Info("listening", "listener", s.name, "addr", s.Addr().String())
 	var err error
-	if s.HTTP.TLSConfig != nil {
+	if s.TLS != nil {
+		s.HTTP.TLSConfig = s.TLS
 		err = s.HTTP.ServeTLS(s.listener, "", "")
 	} else {
 		err = s.HTTP.Serve(s.listener)
