@@ -1,0 +1,412 @@
+package ingress
+
+import (
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/holdfast-io/holdfast/pkg/capture"
+	"github.com/holdfast-io/holdfast/pkg/spool"
+	"github.com/holdfast-io/holdfast/pkg/upstream"
+)
+
+// stored is the value of X-Request-Stored; empty on requests that are not
+// captured.
+type stored string
+
+const (
+	storedSynced stored = "synced"
+	storedNo     stored = "no"
+)
+
+// storeWait bounds how long an answer is held for the capture's fsync. A disk
+// that takes longer is broken for our purpose, and the client must learn.
+const storeWait = 10 * time.Second
+
+// handler serves clients.
+type handler struct {
+	routes     *routes
+	head       headWriter
+	spool      *spool.Spool
+	ingress    string
+	inline     int64
+	bodyDir    string // for bodies of unknown length above the inline limit
+	inflight   *limiter
+	retryAfter time.Duration
+	accessLog  string
+	log        *slog.Logger
+	m          *metrics
+	buffers    sync.Pool // *buffers
+}
+
+// buffers is what one request needs while it is in flight.
+type buffers struct {
+	head   []byte           // captured head
+	tail   []byte           // what only the API is told
+	record []byte           // envelope, outcome
+	body   []byte           // inline body
+	answer []byte           // first part of the answer
+	places []spool.Position // of the capture and its chunks
+}
+
+// transaction is one request on its way through the gateway.
+type transaction struct {
+	h   *handler
+	w   http.ResponseWriter
+	r   *http.Request
+	rt  *route
+	b   *buffers
+	id  uuid.UUID
+	now time.Time // of receipt
+
+	res      spool.Reservation
+	captured bool             // the capture is in the spool
+	appended time.Time        // when it was
+	request  capture.Request
+	state    stored
+	begun    time.Time // when forwarding began
+	held     int64     // bytes of h.inflight
+	code     int       // what the client got, 0: a reset connection
+	errText  string    // for the access log
+}
+
+// answerBuffer is how much of an answer is read before its first byte goes out:
+// an answer that ends within it is known to be whole, and costs one write.
+const answerBuffer = 16 << 10
+
+// ServeHTTP takes one request through the steps of the package's contract.
+func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	now := time.Now()
+	rt := h.routes.match(r)
+	if rt == nil {
+		refusal{status: http.StatusNotFound, err: errDestinationNotFound, detail: "no route matches this request"}.write(w, uuid.Nil)
+		return
+	}
+	id, err := uuid.NewV7()
+	if err != nil {
+		refusal{status: http.StatusInternalServerError, err: errProxyInternal, detail: "no UUID could be made"}.write(w, uuid.Nil)
+		return
+	}
+	b, _ := h.buffers.Get().(*buffers)
+	if b == nil {
+		b = &buffers{answer: make([]byte, answerBuffer)}
+	}
+	t := &transaction{h: h, w: w, r: r, rt: rt, b: b, id: id, now: now}
+	defer t.end()
+	t.serve()
+}
+
+// end gives back what the transaction holds, whatever became of it.
+func (t *transaction) end() {
+	t.res.Release()
+	t.h.inflight.release(t.held)
+	t.h.m.count(t.rt.name, t.r.Method, t.code, t.state)
+	t.log()
+	if cap(t.b.body) <= int(t.h.inline) && cap(t.b.head) <= 64<<10 {
+		t.h.buffers.Put(t.b)
+	}
+}
+
+func (t *transaction) log() {
+	if t.h.accessLog == "off" || t.h.accessLog == "errors" && t.code != 0 && t.code < 500 && t.state != storedNo {
+		return
+	}
+	t.h.log.Info("request", "request_id", t.id.String(), "route", t.rt.name, "method", t.r.Method, "code", t.code,
+		"stored", string(t.state), "duration_ms", time.Since(t.now).Milliseconds(), "err", t.errText)
+}
+
+func (t *transaction) refuse(rf refusal) {
+	t.code, t.errText = rf.status, rf.detail
+	if t.state != "" {
+		t.w.Header()[capture.HTTPHeaderStored] = []string{string(t.state)}
+	}
+	rf.write(t.w, t.id)
+}
+
+// serve admits the request and chooses how its body travels.
+func (t *transaction) serve() {
+	size := t.r.ContentLength
+	if size > t.rt.maxBody {
+		t.refuse(t.tooLarge())
+		return
+	}
+	if !t.rt.captures(t.r.Method) {
+		t.proxyUncaptured()
+		return
+	}
+	var body io.Reader = t.r.Body
+	// A body of unknown length is read in full before anything is decided about
+	// it; a known one above the inline limit is captured while it passes.
+	if size >= 0 && size <= t.h.inline || size < 0 {
+		if !t.hold(max(size, 0)) {
+			return
+		}
+		n, whole, ok := t.readInline(size)
+		if !ok {
+			return
+		}
+		if !whole {
+			file, total, ok := t.readToFile(n)
+			if !ok {
+				return
+			}
+			defer file.Close()
+			body, size = file, total
+		} else {
+			size = int64(n)
+		}
+	}
+	if size <= t.h.inline {
+		t.serveInline()
+		return
+	}
+	t.serveChunked(body, size)
+}
+
+func (t *transaction) tooLarge() refusal {
+	return refusal{status: http.StatusRequestEntityTooLarge, err: errRequestError,
+		detail: "the body has more than the " + strconv.FormatInt(t.rt.maxBody, 10) + " bytes that are allowed"}
+}
+
+// hold takes n more bytes of the in-flight limit, or answers 503.
+func (t *transaction) hold(n int64) bool {
+	if !t.h.inflight.acquire(n) {
+		t.refuse(refusal{status: http.StatusServiceUnavailable, err: errProxyInternal, retry: t.h.retryAfter,
+			detail: "too many bytes are in flight"})
+		return false
+	}
+	t.held += n
+	return true
+}
+
+// reserve sets room aside in the spool for a body of size bytes in so many
+// records, its head and the outcome. Without room a required capture is refused;
+// proceed is then false. With best_effort the request goes on uncaptured.
+func (t *transaction) reserve(size int64, chunks int) (proceed bool) {
+	head := t.h.head.append(t.b.head[:0], t.r, t.rt, size)
+	t.b.head = head
+	// The envelopes repeat names and the ordering key (escaped: three bytes for
+	// one at worst); an abandon record may take the outcome's place.
+	envelope := int64(maxEnvelope + 3*len(t.rt.orderKey(t.r.Header)))
+	res, err := t.h.spool.Reserve(chunks+2, int64(len(head))+size+maxOutcome+envelope*int64(chunks+2))
+	if err == nil {
+		t.res = res
+		t.captured = true
+		return true
+	}
+	t.state = storedNo
+	if t.rt.mode == captureBestEffort {
+		return true
+	}
+	t.h.log.Debug("no room in the spool", "request_id", t.id.String(), "err", err)
+	rf := t.notStored()
+	if errors.Is(err, spool.ErrFull) {
+		rf.detail = "there is no room to store the request, and it was not forwarded"
+	}
+	t.refuse(rf)
+	return false
+}
+
+// notStored is the answer when storing fails before the API has seen a byte.
+func (t *transaction) notStored() refusal {
+	return refusal{status: http.StatusServiceUnavailable, err: errProxyInternal, retry: t.h.retryAfter,
+		detail: "the request cannot be stored, and was not forwarded"}
+}
+
+// Bounds of what a record holds beside head and body, for the reservation. A
+// test holds the codec to them.
+const (
+	maxEnvelope = 1024
+	maxOutcome  = 2048
+)
+
+// capture appends the request itself; its chunks are in the spool already.
+func (t *transaction) capture(body []byte) {
+	if !t.captured {
+		return
+	}
+	msg := t.request.Message()
+	t.b.record = msg.AppendEnvelope(t.b.record[:0])
+	t.appended = time.Now()
+	place, err := t.res.Append(t.b.record, t.b.head, body)
+	if err != nil {
+		t.storeFailed(err)
+		return
+	}
+	t.b.places = append(t.b.places, place)
+}
+
+// storeFailed is the failure of a store that had promised room.
+func (t *transaction) storeFailed(err error) {
+	t.captured = false
+	t.state = storedNo
+	t.h.log.Error("storing a request failed", "request_id", t.id.String(), "err", err)
+}
+
+func (t *transaction) describe(size int64) {
+	t.request = capture.Request{
+		ID: t.id, Route: t.rt.name, Ingress: t.h.ingress, ReceivedAt: t.now, Policy: t.rt.policy,
+		OrderKey: t.rt.orderKey(t.r.Header), Head: t.b.head, Size: size,
+	}
+	t.b.places = t.b.places[:0]
+}
+
+// serveInline is the hot path: the body is in memory, and travels in one
+// message.
+func (t *transaction) serveInline() {
+	body := t.b.body
+	if !t.reserve(int64(len(body)), 0) {
+		return
+	}
+	t.describe(int64(len(body)))
+	t.capture(body)
+	if t.state == storedNo && t.rt.mode == captureRequired {
+		t.refuse(t.notStored())
+		return
+	}
+	t.begun = time.Now()
+	x, err := t.rt.pool.Begin(t.begun.Add(t.rt.policy.Timeout), t.r.Method, 0, body, t.headForAPI()...)
+	t.finish(x, err)
+}
+
+// headForAPI is the captured head, with what only the API is told before its
+// empty line.
+func (t *transaction) headForAPI() [][]byte {
+	t.b.tail = forwardTail(t.b.tail[:0], t.id)
+	return [][]byte{t.b.head[:len(t.b.head)-2], t.b.tail}
+}
+
+// finish takes the API's answer, or its absence, to the client.
+func (t *transaction) finish(x *upstream.Exchange, err error) {
+	var resp *http.Response
+	if err == nil {
+		defer x.Close()
+		resp, err = x.Answer(nil)
+	}
+	t.h.m.upstreamDuration.Observe(since(t.begun))
+	t.awaitStored()
+	if err != nil {
+		t.noAnswer(err)
+		return
+	}
+	t.passAnswer(x, resp)
+}
+
+// awaitStored holds the answer until the capture is durable.
+func (t *transaction) awaitStored() {
+	if !t.captured {
+		return
+	}
+	err := t.waitSynced()
+	t.h.m.captureDuration.Observe(since(t.appended))
+	if err != nil {
+		t.storeFailed(err)
+		return
+	}
+	t.state = storedSynced
+}
+
+// outcome writes the gateway's word about this attempt. It is called before
+// the answer's last byte goes to the client.
+func (t *transaction) outcome(status int, verdict capture.Verdict, failure string) {
+	if !t.captured {
+		return
+	}
+	o := capture.Outcome{ID: t.id, Ingress: t.h.ingress, Attempt: capture.Attempt{
+		Number: capture.FirstAttempt, StartedAt: t.begun, EndedAt: time.Now(), Status: status, Error: failure, Verdict: verdict,
+	}}
+	msg := capture.Message{Subject: capture.OutcomeSubject(t.rt.name)}
+	t.b.record = o.AppendJSON(msg.AppendEnvelope(t.b.record[:0]))
+	if _, err := t.res.AppendWritten(t.b.record); err != nil {
+		t.h.m.lostOutcomes.Inc()
+		t.h.log.Error("writing an outcome failed", "request_id", t.id.String(), "err", err)
+	}
+}
+
+// noAnswer answers for an API that did not.
+func (t *transaction) noAnswer(err error) {
+	rf := describeFailure(err)
+	t.errText = err.Error()
+	t.outcome(0, capture.Failed, clip(err.Error()))
+	if t.rt.accept && t.state == storedSynced {
+		t.accepted()
+		return
+	}
+	if t.mustReset(capture.Failed, err) {
+		t.reset()
+	}
+	t.refuse(rf)
+	t.errText = err.Error()
+}
+
+// mustReset reports whether a failed store forbids an answer: none that
+// invites a retry may go out when the API may have worked on a request that
+// nobody has stored, unless the API's own status settles the matter.
+func (t *transaction) mustReset(v capture.Verdict, err error) bool {
+	if t.state != storedNo || t.rt.mode == captureBestEffort {
+		return false
+	}
+	var uerr *upstream.Error
+	if errors.As(err, &uerr) && !uerr.Sent {
+		return false // the API has not seen a byte: an honest error does no harm
+	}
+	return t.rt.policy.By == capture.ByEvent || v != capture.Processed && v != capture.Rejected
+}
+
+// reset breaks the client's connection. The server recovers from this panic
+// and logs nothing.
+func (t *transaction) reset() {
+	t.code = 0
+	panic(http.ErrAbortHandler)
+}
+
+// accepted tells the client that its request is stored and will be processed.
+func (t *transaction) accepted() {
+	t.code = http.StatusAccepted
+	h := t.w.Header()
+	t.setOwn(h)
+	body := []byte(`{"id":"` + t.id.String() + `","status":"accepted"}` + "\n")
+	h["Content-Type"] = []string{"application/json"}
+	h["Content-Length"] = []string{strconv.Itoa(len(body))}
+	t.w.WriteHeader(t.code)
+	_, _ = t.w.Write(body) // a client that has gone needs no answer
+}
+
+// setOwn sets the gateway's own headers on an answer.
+func (t *transaction) setOwn(h http.Header) {
+	h[capture.HTTPHeaderID] = []string{t.id.String()}
+	if t.state != "" {
+		h[capture.HTTPHeaderStored] = []string{string(t.state)}
+	}
+}
+
+// describeFailure is the answer for an exchange that failed.
+func describeFailure(err error) refusal {
+	var uerr *upstream.Error
+	var dns *net.DNSError
+	switch {
+	case errors.As(err, &uerr) && uerr.Timeout() && uerr.Sent:
+		return refusal{status: http.StatusGatewayTimeout, err: errReadTimeout, detail: "the API did not answer in time"}
+	case errors.As(err, &uerr) && uerr.Timeout():
+		return refusal{status: http.StatusGatewayTimeout, err: errConnectionTimeout, detail: "the API could not be reached in time"}
+	case errors.As(err, &dns):
+		return refusal{status: http.StatusBadGateway, err: "dns_error", detail: "the API's name could not be resolved"}
+	case errors.As(err, &uerr) && !uerr.Sent:
+		return refusal{status: http.StatusBadGateway, err: errConnectionRefused, detail: "the API cannot be reached"}
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
+		return refusal{status: http.StatusBadGateway, err: errConnectionLost, detail: "the API closed the connection without a whole answer"}
+	default:
+		return refusal{status: http.StatusBadGateway, err: errProtocol, detail: "the API's answer is not valid HTTP"}
+	}
+}
+
+// clip bounds an error's text in an outcome.
+func clip(s string) string { return s[:min(len(s), 512)] }

@@ -1,0 +1,479 @@
+// Package upstream sends HTTP/1.1 requests to the API, each exactly once.
+//
+// General HTTP clients repeat a request on their own when a kept-alive
+// connection dies under it (RFC 9110 section 9.2.2 allows that for idempotent
+// methods). A gateway that promises to know every attempt must not: here nothing
+// is ever sent twice, and an error says whether a byte may have reached the API.
+//
+// A request is sent as the bytes that were captured, so that what is stored,
+// what is forwarded and what is replayed are one and the same. Answers are
+// parsed by net/http. A connection carries one request at a time.
+package upstream
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// Options configure a Pool. Zero values take the documented defaults.
+type Options struct {
+	// URL of the API: http or https, host and optional port. Path and query are
+	// not used: a request's target is sent as it came.
+	URL *url.URL
+	// TLS is used for https; nil means the system's roots.
+	TLS *tls.Config
+	// MaxConns bounds connections in use and idle together. Default 1024. A
+	// request above it waits for one until its deadline.
+	MaxConns int
+	// IdleTimeout closes connections that were not used for so long. Default
+	// 30 s: below the keep-alive of common servers (60 to 75 s), so that it is
+	// mostly we who close.
+	IdleTimeout time.Duration
+	// DialTimeout bounds connecting, TLS handshake included. Default 5 s.
+	DialTimeout time.Duration
+	// MaxHeaderBytes bounds the head of an answer. Default 256 KiB.
+	MaxHeaderBytes int64
+}
+
+// Pool keeps connections to one API. It is safe for concurrent use.
+type Pool struct {
+	o     Options
+	addr  string
+	slots chan struct{} // one element for each connection in use or idle
+
+	mu     sync.Mutex
+	idle   []*conn // last used last
+	closed bool
+	gen    uint64 // bumped when idle connections turned out to be dead
+
+	open   atomic.Int64
+	reaper *time.Timer
+}
+
+// Error is a failed exchange.
+type Error struct {
+	Op string // "connect", "write" or "read"
+	// Sent is true when a byte may have reached the API: then nobody knows what
+	// it did with the request.
+	Sent bool
+	Err  error
+}
+
+// Error names the step that failed.
+func (e *Error) Error() string { return "upstream: " + e.Op + ": " + e.Err.Error() }
+
+// Unwrap gives the cause.
+func (e *Error) Unwrap() error { return e.Err }
+
+// Timeout reports whether the deadline was what ended the exchange.
+func (e *Error) Timeout() bool {
+	var t interface{ Timeout() bool }
+	return errors.Is(e.Err, os.ErrDeadlineExceeded) || errors.Is(e.Err, context.DeadlineExceeded) ||
+		errors.As(e.Err, &t) && t.Timeout()
+}
+
+var (
+	errNoConn = errors.New("no connection became free in time")
+	errClosed = errors.New("pool is closed")
+)
+
+// New validates the options. It does not connect.
+func New(o Options) (*Pool, error) {
+	if o.URL == nil || o.URL.Host == "" || o.URL.Scheme != "http" && o.URL.Scheme != "https" {
+		return nil, fmt.Errorf("upstream %v: an http or https URL with a host is needed", o.URL)
+	}
+	o.MaxConns = cmpOr(o.MaxConns, 1024)
+	o.IdleTimeout = cmpOr(o.IdleTimeout, 30*time.Second)
+	o.DialTimeout = cmpOr(o.DialTimeout, 5*time.Second)
+	o.MaxHeaderBytes = cmpOr(o.MaxHeaderBytes, 256<<10)
+	p := &Pool{o: o, addr: o.URL.Host, slots: make(chan struct{}, o.MaxConns)}
+	if o.URL.Port() == "" {
+		port := "80"
+		if o.URL.Scheme == "https" {
+			port = "443"
+		}
+		p.addr = net.JoinHostPort(o.URL.Hostname(), port)
+	}
+	if o.URL.Scheme == "https" {
+		cfg := &tls.Config{}
+		if o.TLS != nil {
+			cfg = o.TLS.Clone()
+		}
+		if cfg.ServerName == "" {
+			cfg.ServerName = o.URL.Hostname()
+		}
+		p.o.TLS = cfg
+	} else {
+		p.o.TLS = nil
+	}
+	p.reaper = time.AfterFunc(p.o.IdleTimeout, p.reap)
+	return p, nil
+}
+
+func cmpOr[T int | int64 | time.Duration](v, def T) T {
+	if v == 0 {
+		return def
+	}
+	return v
+}
+
+// Conns is how many connections are open, in use and idle.
+func (p *Pool) Conns() int64 { return p.open.Load() }
+
+// Close closes idle connections; those in use are closed when their exchange
+// ends. It is idempotent.
+func (p *Pool) Close() {
+	p.mu.Lock()
+	idle := p.idle
+	p.idle, p.closed = nil, true
+	p.mu.Unlock()
+	p.reaper.Stop()
+	for _, c := range idle {
+		p.discard(c)
+	}
+}
+
+// conn is one connection. Only its holder touches it.
+type conn struct {
+	net.Conn
+	raw     syscall.RawConn // nil where there is none to look at (TLS)
+	br      *bufio.Reader
+	limit   int64 // bytes that may still be read for an answer's head; < 0: no limit
+	scratch []byte
+	idleAt  time.Time
+	gen     uint64
+	reused  bool
+}
+
+var errHeaderTooLarge = errors.New("head of the answer is too large")
+
+// Read counts against the limit of an answer's head.
+func (c *conn) Read(b []byte) (int, error) {
+	if c.limit == 0 {
+		return 0, errHeaderTooLarge
+	}
+	if c.limit > 0 && int64(len(b)) > c.limit {
+		b = b[:c.limit]
+	}
+	n, err := c.Conn.Read(b)
+	if c.limit > 0 {
+		c.limit -= int64(n)
+	}
+	return n, err
+}
+
+// acquire gives an idle connection that is still alive, or a new one.
+func (p *Pool) acquire(deadline time.Time) (*conn, error) {
+	for {
+		p.mu.Lock()
+		if p.closed {
+			p.mu.Unlock()
+			return nil, errClosed
+		}
+		n := len(p.idle)
+		if n == 0 {
+			p.mu.Unlock()
+			break
+		}
+		c := p.idle[n-1]
+		p.idle[n-1] = nil
+		p.idle = p.idle[:n-1]
+		p.mu.Unlock()
+		if c.alive() {
+			c.reused = true
+			return c, nil
+		}
+		p.dead(c)
+	}
+	select {
+	case p.slots <- struct{}{}:
+	default:
+		wait := time.NewTimer(time.Until(deadline))
+		defer wait.Stop()
+		select {
+		case p.slots <- struct{}{}:
+		case <-wait.C:
+			return nil, errNoConn
+		}
+	}
+	c, err := p.dial(deadline)
+	if err != nil {
+		<-p.slots
+		return nil, err
+	}
+	p.open.Add(1)
+	return c, nil
+}
+
+func (p *Pool) dial(deadline time.Time) (*conn, error) {
+	timeout := min(p.o.DialTimeout, time.Until(deadline))
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	var d net.Dialer
+	nc, err := d.DialContext(ctx, "tcp", p.addr)
+	if err != nil {
+		return nil, err
+	}
+	c := &conn{Conn: nc, limit: -1}
+	if p.o.TLS != nil {
+		tc := tls.Client(nc, p.o.TLS)
+		if err := tc.HandshakeContext(ctx); err != nil {
+			_ = nc.Close()
+			return nil, err
+		}
+		c.Conn = tc
+	} else if sc, ok := nc.(syscall.Conn); ok {
+		c.raw, _ = sc.SyscallConn()
+	}
+	c.br = bufio.NewReaderSize(c, 4<<10)
+	p.mu.Lock()
+	c.gen = p.gen
+	p.mu.Unlock()
+	return c, nil
+}
+
+// peekAfter is how long a connection may have been idle before it is looked
+// at: a look costs a system call, and under load they are never idle so long.
+const peekAfter = 10 * time.Millisecond
+
+// alive reports whether the peer has neither closed the connection nor said
+// anything unasked.
+func (c *conn) alive() bool {
+	if c.raw == nil || time.Since(c.idleAt) < peekAfter {
+		return true
+	}
+	alive := false
+	err := c.raw.Read(func(fd uintptr) bool {
+		var b [1]byte
+		_, _, rerr := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+		alive = errors.Is(rerr, syscall.EAGAIN)
+		return true
+	})
+	return err == nil && alive
+}
+
+// release takes a connection back for the next request.
+func (p *Pool) release(c *conn) {
+	c.limit = -1
+	c.idleAt = time.Now()
+	p.mu.Lock()
+	if p.closed || c.gen != p.gen {
+		p.mu.Unlock()
+		p.discard(c)
+		return
+	}
+	p.idle = append(p.idle, c)
+	p.mu.Unlock()
+}
+
+func (p *Pool) discard(c *conn) {
+	_ = c.Close()
+	p.open.Add(-1)
+	<-p.slots
+}
+
+// dead discards a connection that its peer had closed, and all idle ones of
+// its age with it: an API that restarts closes them all, and each would cost a
+// request.
+func (p *Pool) dead(c *conn) {
+	p.mu.Lock()
+	var idle []*conn
+	if c.gen == p.gen {
+		p.gen++
+		idle, p.idle = p.idle, nil
+	}
+	p.mu.Unlock()
+	p.discard(c)
+	for _, other := range idle {
+		p.discard(other)
+	}
+}
+
+func (p *Pool) reap() {
+	limit := time.Now().Add(-p.o.IdleTimeout)
+	p.mu.Lock()
+	n := 0
+	for n < len(p.idle) && p.idle[n].idleAt.Before(limit) {
+		n++
+	}
+	old := append([]*conn(nil), p.idle[:n]...)
+	p.idle = append(p.idle[:0], p.idle[n:]...)
+	if !p.closed {
+		p.reaper.Reset(p.o.IdleTimeout / 2)
+	}
+	p.mu.Unlock()
+	for _, c := range old {
+		p.discard(c)
+	}
+}
+
+// Exchange is one request and its answer, for one goroutine. It must be
+// closed.
+type Exchange struct {
+	p        *Pool
+	c        *conn
+	method   string
+	resp     *http.Response
+	body     io.Reader
+	unsent   int64 // bytes of the body that are still to be written
+	reusable bool
+	closed   bool
+}
+
+// Begin connects and sends the head, given in parts that follow each other,
+// and body, of which more may come: rest is how many bytes [Exchange.Write]
+// will send, negative when only [Exchange.Sent] will tell. The parts are not
+// kept. deadline bounds the whole exchange.
+func (p *Pool) Begin(deadline time.Time, method string, rest int64, body []byte, head ...[]byte) (*Exchange, error) {
+	c, err := p.acquire(deadline)
+	if err != nil {
+		return nil, &Error{Op: "connect", Err: err}
+	}
+	x := &Exchange{p: p, c: c, method: method, unsent: rest}
+	if err := c.SetDeadline(deadline); err != nil {
+		x.abort()
+		return nil, &Error{Op: "connect", Err: err}
+	}
+	// One system call for what is small; what is large is not copied.
+	c.scratch = c.scratch[:0]
+	for _, part := range head {
+		c.scratch = append(c.scratch, part...)
+	}
+	large := len(body) > 16<<10
+	if !large {
+		c.scratch = append(c.scratch, body...)
+	}
+	_, err = c.Conn.Write(c.scratch)
+	if err == nil && large {
+		_, err = c.Conn.Write(body)
+	}
+	if cap(c.scratch) > 64<<10 {
+		c.scratch = nil
+	}
+	if err != nil && rest == 0 {
+		// The API may have answered before it read everything, and closed.
+		if _, rerr := x.Answer(nil); rerr == nil {
+			x.unsent = 1 // whatever comes, this connection is not used again
+			return x, nil
+		}
+	}
+	if err != nil {
+		x.fail(err)
+		return nil, &Error{Op: "write", Sent: true, Err: err}
+	}
+	return x, nil
+}
+
+// Write sends a part of the body.
+func (x *Exchange) Write(b []byte) (int, error) {
+	n, err := x.c.Conn.Write(b)
+	x.unsent -= int64(n)
+	if err != nil {
+		return n, &Error{Op: "write", Sent: true, Err: err}
+	}
+	return n, nil
+}
+
+// Sent says that the request went out whole, where Begin was not told its
+// length.
+func (x *Exchange) Sent() { x.unsent = 0 }
+
+// Extend sets a new deadline.
+func (x *Exchange) Extend(deadline time.Time) error {
+	if err := x.c.SetDeadline(deadline); err != nil {
+		return &Error{Op: "write", Sent: true, Err: err}
+	}
+	return nil
+}
+
+// Answer reads the head of the final answer. Interim ones (1xx) are handed to
+// interim, if it is not nil, as they come; 101 is final. The body is read by
+// Read, not from the result's Body.
+func (x *Exchange) Answer(interim func(*http.Response)) (*http.Response, error) {
+	if x.resp != nil {
+		return x.resp, nil
+	}
+	// net/http needs the method alone: an answer to HEAD has no body.
+	req := &http.Request{Method: x.method}
+	x.c.limit = x.p.o.MaxHeaderBytes
+	for {
+		resp, err := http.ReadResponse(x.c.br, req)
+		if err != nil {
+			x.fail(err)
+			return nil, &Error{Op: "read", Sent: true, Err: err}
+		}
+		if resp.StatusCode >= 200 || resp.StatusCode == http.StatusSwitchingProtocols {
+			x.c.limit = -1
+			x.resp, x.body = resp, resp.Body
+			return resp, nil
+		}
+		// Each interim answer has the whole limit: a slow API may send many.
+		x.c.limit = x.p.o.MaxHeaderBytes
+		if interim != nil {
+			interim(resp)
+		}
+	}
+}
+
+// Read reads the answer's body. It gives [io.EOF] only when the answer has
+// come whole: an answer that was cut short gives an *Error. Trailers of the
+// answer are then in its Trailer.
+func (x *Exchange) Read(b []byte) (int, error) {
+	n, err := x.body.Read(b)
+	switch {
+	case err == nil:
+		return n, nil
+	case errors.Is(err, io.EOF):
+		x.reusable = true
+		return n, io.EOF
+	default:
+		return n, &Error{Op: "read", Sent: true, Err: err}
+	}
+}
+
+// Close ends the exchange. The connection is used again if request and answer
+// went through whole and neither side wants it closed.
+func (x *Exchange) Close() {
+	if x.closed {
+		return
+	}
+	x.closed = true
+	if !x.reusable || x.unsent != 0 || x.resp.Close || x.c.br.Buffered() != 0 || x.resp.StatusCode == http.StatusSwitchingProtocols {
+		x.p.discard(x.c)
+		return
+	}
+	x.p.release(x.c)
+}
+
+func (x *Exchange) abort() {
+	if !x.closed {
+		x.closed = true
+		x.p.discard(x.c)
+	}
+}
+
+// fail ends the exchange after an error; a death of a used connection says
+// that others of its age are dead too.
+func (x *Exchange) fail(err error) {
+	if x.closed {
+		return
+	}
+	if x.c.reused && !errors.Is(err, os.ErrDeadlineExceeded) {
+		x.closed = true
+		x.p.dead(x.c)
+		return
+	}
+	x.abort()
+}
