@@ -57,10 +57,12 @@ type Server struct {
 
 	restart sync.Mutex // one restart or shutdown at a time
 
-	mu     sync.Mutex
-	port   int // the same over restarts
-	nats   *server.Server
-	closed bool
+	stopping chan struct{} // closed when Shutdown begins
+	stopOnce sync.Once
+
+	mu   sync.Mutex
+	port int // the same over restarts
+	nats *server.Server
 }
 
 // Start takes the directory and runs the server. It returns when clients can
@@ -85,7 +87,7 @@ func Start(o Options) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{opts: o, lock: lock, logger: o.Logger, host: host, port: port}
+	s := &Server{opts: o, lock: lock, logger: o.Logger, host: host, port: port, stopping: make(chan struct{})}
 	if err := s.start(); err != nil {
 		return nil, errors.Join(err, lock.Close())
 	}
@@ -187,13 +189,27 @@ func (s *Server) InProcess() nats.Option { return nats.InProcessServer(s) }
 
 // InProcessConn implements [nats.InProcessConnProvider].
 func (s *Server) InProcessConn() (net.Conn, error) {
-	s.mu.Lock()
-	ns, closed := s.nats, s.closed
-	s.mu.Unlock()
-	if closed || ns == nil || !ns.Running() {
+	ns := s.current()
+	if ns == nil || !ns.Running() {
 		return nil, ErrStopped
 	}
 	return ns.InProcessConn()
+}
+
+// current is the running server, nil while there is none.
+func (s *Server) current() *server.Server {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.nats
+}
+
+func (s *Server) stopped() bool {
+	select {
+	case <-s.stopping:
+		return true
+	default:
+		return false
+	}
 }
 
 // ClientURL is the listener's address as a nats:// URL. It stays the same over
@@ -208,12 +224,10 @@ func (s *Server) ClientURL() string {
 // in the directory, and no write has failed. It reads two directories and
 // waits for nothing. Errors: [ErrUnhealthy], [ErrStopped].
 func (s *Server) Healthy() error {
-	s.mu.Lock()
-	ns, closed := s.nats, s.closed
-	s.mu.Unlock()
-	if closed {
+	if s.stopped() {
 		return ErrStopped
 	}
+	ns := s.current()
 	if ns == nil {
 		return fmt.Errorf("%w: nats-server is being restarted", ErrUnhealthy)
 	}
@@ -223,8 +237,8 @@ func (s *Server) Healthy() error {
 	return nil
 }
 
-// Run watches over the server until ctx is done and then returns nil: as long
-// as it is not healthy, it is restarted in place, at growing intervals of 1 to
+// Run watches over the server until ctx is done or the server is shut down, and
+// then returns nil: as long as it is not healthy, it is restarted in place, at growing intervals of 1 to
 // 30 s. Running it is optional; without it a full disk needs a restart of the
 // process.
 func (s *Server) Run(ctx context.Context) error {
@@ -234,6 +248,8 @@ func (s *Server) Run(ctx context.Context) error {
 	for {
 		select {
 		case <-ctx.Done():
+			return nil
+		case <-s.stopping:
 			return nil
 		case <-timer.C:
 		}
@@ -260,17 +276,10 @@ func (s *Server) Run(ctx context.Context) error {
 func (s *Server) Restart(ctx context.Context) error {
 	s.restart.Lock()
 	defer s.restart.Unlock()
-	s.mu.Lock()
-	ns, closed := s.nats, s.closed
-	s.nats = nil
-	s.mu.Unlock()
-	if closed {
+	if s.stopped() {
 		return ErrStopped
 	}
-	if ns != nil {
-		ns.Shutdown()
-		ns.WaitForShutdown()
-	}
+	s.end()
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -282,21 +291,12 @@ func (s *Server) Restart(ctx context.Context) error {
 // returns ctx's error when the server needs longer; it then goes on stopping,
 // and the directory is freed when it is done.
 func (s *Server) Shutdown(ctx context.Context) error {
-	s.mu.Lock()
-	s.closed = true
-	s.mu.Unlock()
+	s.stopOnce.Do(func() { close(s.stopping) })
 	done := make(chan error, 1)
 	go func() {
 		s.restart.Lock()
 		defer s.restart.Unlock()
-		s.mu.Lock()
-		ns := s.nats
-		s.nats = nil
-		s.mu.Unlock()
-		if ns != nil {
-			ns.Shutdown()
-			ns.WaitForShutdown()
-		}
+		s.end()
 		done <- s.lock.Close()
 	}()
 	select {
@@ -307,5 +307,20 @@ func (s *Server) Shutdown(ctx context.Context) error {
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("shut embedded nats-server down: %w", ctx.Err())
+	}
+}
+
+// Stop is Shutdown: with Run it makes the server a component of a process.
+func (s *Server) Stop(ctx context.Context) error { return s.Shutdown(ctx) }
+
+// end stops the running server, if there is one. Callers hold restart.
+func (s *Server) end() {
+	s.mu.Lock()
+	ns := s.nats
+	s.nats = nil
+	s.mu.Unlock()
+	if ns != nil {
+		ns.Shutdown()
+		ns.WaitForShutdown()
 	}
 }
