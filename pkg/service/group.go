@@ -11,7 +11,9 @@ import (
 // Component is a part of a process with a life of its own.
 type Component interface {
 	// Run works until Stop is called or ctx is done, and returns nil then.
-	// An error, or a return that nobody asked for, is a failure.
+	// An error, or a return that nobody asked for, is a failure. In a group, ctx
+	// is done as soon as Stop has returned: what has nothing to finish may heed
+	// ctx alone and have a Stop that does nothing.
 	Run(ctx context.Context) error
 	// Stop takes no new work, finishes what has begun, and returns when that is
 	// done or ctx is. It may be called before Run, which then returns nil at

@@ -53,6 +53,11 @@ func (r *recorded) Run(ctx context.Context) error {
 	case <-r.quit:
 		return nil
 	case <-ctx.Done():
+		select {
+		case <-r.quit: // both, and select took the other
+			return nil
+		default:
+		}
 		r.events.add(r.name + " cancelled")
 		return ctx.Err()
 	case err := <-r.fail:
@@ -159,8 +164,12 @@ func TestGroupComponentFails(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			e := &events{}
 			g, first, second := stack(e)
+			ran := make(chan error, 1)
+			go func() { ran <- g.Run(waiting(t)) }()
+			<-first.started
+			<-second.started
 			first.fail <- c.err
-			err := g.Run(waiting(t))
+			err := <-ran
 			require.ErrorIs(t, err, c.want)
 			failed, ok := errors.AsType[*ComponentError](err)
 			require.True(t, ok)
@@ -168,7 +177,6 @@ func TestGroupComponentFails(t *testing.T) {
 			got := e.all()
 			require.Equal(t, "first ended", got[0])
 			require.Equal(t, []string{"second stop", "second ended", "between", "first stop", "bottom"}, got[1:])
-			<-second.started
 		})
 	}
 }

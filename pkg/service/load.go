@@ -403,11 +403,12 @@ func Describe(settings Settings, local bool) []Setting {
 func WriteSettings(w io.Writer, settings Settings, local bool) error {
 	var text strings.Builder
 	for _, s := range Describe(settings, local) {
-		def := s.Default
-		if def == "" {
-			def = "none"
+		// Not "none", which is a value of API_AUTH.
+		def := "no default"
+		if s.Default != "" {
+			def = "default: " + s.Default
 		}
-		fmt.Fprintf(&text, "  %s  (default: %s)\n        %s", s.Name, def, s.Meaning)
+		fmt.Fprintf(&text, "  %s  (%s)\n        %s", s.Name, def, s.Meaning)
 		if len(s.Allowed) > 0 {
 			fmt.Fprintf(&text, " (%s)", strings.Join(s.Allowed, ", "))
 		}

@@ -90,11 +90,11 @@ func TestServerStop(t *testing.T) {
 		s, err := Listen("api", "127.0.0.1:0", http.NotFoundHandler(), quiet())
 		require.NoError(t, err)
 		require.NoError(t, s.Stop(waiting(t)))
-		require.NoError(t, s.Stop(waiting(t)), "twice")
-		require.NoError(t, s.Run(waiting(t)))
 		l, err := net.Listen("tcp", s.Addr().String())
 		require.NoError(t, err)
 		require.NoError(t, l.Close())
+		require.NoError(t, s.Stop(waiting(t)), "twice")
+		require.NoError(t, s.Run(waiting(t)))
 	})
 	t.Run("waits for the requests under way", func(t *testing.T) {
 		entered, letGo := make(chan struct{}), make(chan struct{})

@@ -103,13 +103,14 @@ func TestHelpListsEverySetting(t *testing.T) {
 			if local && p.local != "" {
 				def = p.local
 			}
+			shown := "default: " + def
 			switch {
 			case p.name == "UPSTREAM_URL":
-				def = "required without HOLDFAST_ROUTES_FILE"
+				shown = "default: required without HOLDFAST_ROUTES_FILE"
 			case def == "":
-				def = "none"
+				shown = "no default"
 			}
-			require.Contains(t, help.String(), fmt.Sprintf("  HOLDFAST_%s  (default: %s)\n        ", p.name, def))
+			require.Contains(t, help.String(), fmt.Sprintf("  HOLDFAST_%s  (%s)\n        ", p.name, shown))
 		}
 	}
 	described := Describe(&catalogue{}, false)
@@ -164,10 +165,11 @@ func TestLoadReadsTheProcessEnvironment(t *testing.T) {
 
 func TestDataDirMovesWhatIsInIt(t *testing.T) {
 	var s catalogue
-	require.NoError(t, loadFrom(&s, false, map[string]string{"UPSTREAM_URL": "http://api", "DATA_DIR": `/srv/a "b"`}))
-	require.Equal(t, `sqlite:///srv/a "b"/ledger.db`, s.LedgerURL.Raw())
-	require.Equal(t, `/srv/a "b"/spool`, s.SpoolDir)
-	require.Equal(t, `/srv/a "b"/x`, s.Path("x"))
+	require.NoError(t, loadFrom(&s, false, map[string]string{"UPSTREAM_URL": "http://api", "DATA_DIR": `my "data", 50% é`}))
+	require.Equal(t, `sqlite://my "data", 50% é/ledger.db`, s.LedgerURL.Raw())
+	require.Equal(t, s.LedgerURL.Raw(), s.LedgerURL.String())
+	require.Equal(t, `my "data", 50% é/spool`, s.SpoolDir)
+	require.Equal(t, `my "data", 50% é/x`, s.Path("x"))
 }
 
 func TestEveryProblemAtOnce(t *testing.T) {
@@ -342,6 +344,24 @@ func TestSecretsAreNotShown(t *testing.T) {
 		require.Contains(t, text, "postgres://db/x,nats://b:4222")
 	}
 	require.Contains(t, c.Raw(), "hush")
+}
+
+func TestConnURLs(t *testing.T) {
+	for text, shown := range map[string]string{
+		"nats://a:4222, nats://u:p@b:4222":    "nats://a:4222,nats://b:4222",
+		"postgres://u:p@h1:5432,h2:5433/db?x": "postgres://h1:5432,h2:5433/db",
+		"postgres:///db?host=/run/pg":         "postgres:///db",
+		"sqlite://a,b?c":                      "sqlite://a,b?c",
+	} {
+		var c ConnURL
+		require.NoError(t, c.UnmarshalText([]byte(text)), text)
+		require.Equal(t, text, c.Raw())
+		require.Equal(t, shown, c.String())
+	}
+	for _, bad := range []string{"", "localhost:4222", "nats", "sqlite://", "nats://a,", "nats://a b"} {
+		var c ConnURL
+		require.Error(t, c.UnmarshalText([]byte(bad)), bad)
+	}
 }
 
 func TestLongValuesAreClipped(t *testing.T) {

@@ -2,7 +2,6 @@ package service
 
 import (
 	"errors"
-	"fmt"
 	"math"
 	"net"
 	"net/netip"
@@ -120,21 +119,49 @@ func (u URL) String() string { return u.URL.String() }
 // MarshalText gives the same as String.
 func (u URL) MarshalText() ([]byte, error) { return []byte(u.String()), nil }
 
-// ConnURL is how to reach a broker or a database: one URL or several, separated
-// by commas. It may hold a password: String, MarshalText and GoString, and so
-// fmt, slog and JSON, show it without user info and query. Raw shows all of it.
+// sqlite begins the address of a SQLite ledger. What follows is a path as it
+// stands, not a URL: it may hold spaces, commas and percent signs.
+const sqlite = "sqlite://"
+
+// ConnURL is how to reach a broker or a database: one URL, several separated by
+// commas, or sqlite:// and a path. It may hold a password: String, MarshalText
+// and GoString, and so fmt, slog and JSON, show it without user info and query.
+// Raw shows all of it.
 type ConnURL string
 
 // UnmarshalText reads the URLs; which schemes are allowed is the setting's.
 func (c *ConnURL) UnmarshalText(text []byte) error {
-	for one := range strings.SplitSeq(string(text), ",") {
-		p, err := url.Parse(strings.TrimSpace(one))
-		if err != nil || p.Scheme == "" || p.Opaque != "" {
+	for _, one := range ConnURL(text).each() {
+		if path, ok := strings.CutPrefix(one, sqlite); ok {
+			if path == "" {
+				return errors.New("has no path; write for instance sqlite:///var/lib/holdfast/ledger.db")
+			}
+			continue
+		}
+		// The error of url.Parse repeats the text.
+		p, err := url.Parse(one)
+		if err != nil || p.Scheme == "" || p.Opaque != "" || strings.HasSuffix(p.Host, ",") {
 			return errors.New("is not a URL; write scheme://host:port")
 		}
 	}
 	*c = ConnURL(text)
 	return nil
+}
+
+// each gives the single URLs. A comma separates them only where a scheme
+// follows: PostgreSQL's own URLs list hosts with commas.
+func (c ConnURL) each() []string {
+	if strings.HasPrefix(string(c), sqlite) {
+		return []string{string(c)}
+	}
+	parts := strings.Split(string(c), ",")
+	for i, part := range parts {
+		if !strings.Contains(part, "://") {
+			return []string{string(c)}
+		}
+		parts[i] = strings.TrimSpace(part)
+	}
+	return parts
 }
 
 // Raw gives the text as it was set, with its secrets.
@@ -146,14 +173,17 @@ func (c ConnURL) String() string {
 		return ""
 	}
 	var shown []string
-	for one := range strings.SplitSeq(string(c), ",") {
-		p, err := url.Parse(strings.TrimSpace(one))
-		if err != nil {
-			shown = append(shown, "(not a URL)")
-			continue
+	for _, one := range c.each() {
+		if !strings.HasPrefix(one, sqlite) {
+			p, err := url.Parse(one)
+			if err != nil {
+				one = "(not a URL)"
+			} else {
+				p.User, p.RawQuery, p.Fragment, p.ForceQuery = nil, "", "", false
+				one = p.String()
+			}
 		}
-		p.User, p.RawQuery, p.Fragment, p.ForceQuery = nil, "", "", false
-		shown = append(shown, p.String())
+		shown = append(shown, one)
 	}
 	return strings.Join(shown, ",")
 }
@@ -165,8 +195,8 @@ func (c ConnURL) GoString() string { return strconv.Quote(c.String()) }
 func (c ConnURL) MarshalText() ([]byte, error) { return []byte(c.String()), nil }
 
 func (c ConnURL) hasScheme(allowed []string) bool {
-	for one := range strings.SplitSeq(string(c), ",") {
-		scheme, _, _ := strings.Cut(strings.TrimSpace(one), ":")
+	for _, one := range c.each() {
+		scheme, _, _ := strings.Cut(one, ":")
 		if !slices.Contains(allowed, strings.ToLower(scheme)) {
 			return false
 		}
@@ -225,8 +255,3 @@ func (p Prefixes) Contains(addr netip.Addr) bool {
 	addr = addr.Unmap().WithZone("")
 	return slices.ContainsFunc(p, func(n netip.Prefix) bool { return n.Contains(addr) })
 }
-
-var (
-	_ fmt.Stringer   = ConnURL("")
-	_ fmt.GoStringer = ConnURL("")
-)
