@@ -518,7 +518,7 @@ func TestNewNamesAllProblems(t *testing.T) {
 	if err == nil {
 		t.Fatal("no error")
 	}
-	for _, name := range []string{"URL", "Token and TokenFile", "none", "MaxBatch", "MaxQueue", "FlushEvery", "Timeout"} {
+	for _, name := range []string{"URL", "both Token and TokenFile", "none", "MaxBatch", "MaxQueue", "FlushEvery", "Timeout"} {
 		if !strings.Contains(err.Error(), name) {
 			t.Errorf("%s is not in %q", name, err)
 		}

@@ -73,7 +73,7 @@ func (o *Options) endpoint() (string, error) {
 		errs = append(errs, errors.New("URL: takes no user or password; use Token or TokenFile"))
 	}
 	if o.Token != "" && o.TokenFile != "" {
-		errs = append(errs, errors.New("Token and TokenFile: only one may be set"))
+		errs = append(errs, errors.New("both Token and TokenFile"))
 	}
 	if o.TokenFile != "" {
 		if _, err := readToken(o.TokenFile); err != nil {
@@ -81,16 +81,16 @@ func (o *Options) endpoint() (string, error) {
 		}
 	}
 	if o.MaxBatch < 0 {
-		errs = append(errs, errors.New("MaxBatch: is negative"))
+		errs = append(errs, errors.New("negative MaxBatch"))
 	}
 	if o.FlushEvery < 0 {
-		errs = append(errs, errors.New("FlushEvery: is negative"))
+		errs = append(errs, errors.New("negative FlushEvery"))
 	}
 	if o.MaxQueue < 0 {
-		errs = append(errs, errors.New("MaxQueue: is negative"))
+		errs = append(errs, errors.New("negative MaxQueue"))
 	}
 	if o.Timeout < 0 {
-		errs = append(errs, errors.New("Timeout: is negative"))
+		errs = append(errs, errors.New("negative Timeout"))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return "", fmt.Errorf("completion options: %w", err)
