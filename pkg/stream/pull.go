@@ -13,9 +13,11 @@ import (
 )
 
 // This is JetStream's pull protocol without jetstream.Consumer: one inbox, one
-// open request at a time. What that client adds per message (a wrapper, a lock,
-// two more channels) is a third of the whole cost, and it hides which connection
-// a message came on, which an acknowledgement has to know.
+// open request at a time. It costs the same (measured: 7.3 µs a message of 1 KiB,
+// nearly all of it the server's). It is here because an acknowledgement has to
+// know which connection brought its message, which that client hides, because
+// one request bounds messages and bytes that wait, and because the loop can so
+// take what is on its way when it stops.
 
 const (
 	// A request is renewed after pullExpires; until then the server says every
