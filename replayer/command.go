@@ -1,0 +1,368 @@
+package replayer
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/url"
+	"os"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"syscall"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/spf13/cobra"
+
+	"github.com/holdfast-io/holdfast/pkg/ledger"
+	"github.com/holdfast-io/holdfast/pkg/ledger/open"
+	"github.com/holdfast-io/holdfast/pkg/service"
+	"github.com/holdfast-io/holdfast/pkg/stream"
+)
+
+// Process is what the command needs of its process.
+type Process struct {
+	Args           []string // without the program's name
+	Stdout, Stderr io.Writer
+	// Signals gives those that ask to stop: the first ends a run in order, the
+	// second cuts what is in flight.
+	Signals <-chan os.Signal
+}
+
+// Main is the whole of the command. It returns the exit code.
+func Main(p Process) int {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	a := &app{Process: p, stop: make(chan struct{}), cut: cancel}
+	watching := make(chan struct{})
+	defer func() { cancel(); <-watching }()
+	go func() {
+		defer close(watching)
+		a.watch(ctx)
+	}()
+
+	cmd := a.root()
+	cmd.SetArgs(p.Args)
+	cmd.SetOut(p.Stdout)
+	cmd.SetErr(p.Stderr)
+	err := cmd.ExecuteContext(ctx)
+	if err == nil {
+		return a.code
+	}
+	var usage *usageError
+	switch {
+	case errors.As(err, &usage):
+		a.complain(usage.problems)
+		return ExitUsage
+	case !a.started:
+		a.complain([]string{err.Error()})
+		return ExitUsage
+	}
+	if code, ok := a.interrupted(); ok && (errors.Is(err, ErrInterrupted) || errors.Is(err, context.Canceled)) {
+		return code
+	}
+	fmt.Fprintf(p.Stderr, "replayer: %v\n", err)
+	return ExitFailed
+}
+
+// app is one invocation of the command.
+type app struct {
+	Process
+	settings Settings
+	logger   *slog.Logger
+	stop     chan struct{} // closed by the first signal
+	cut      context.CancelFunc
+	signal   atomic.Int32 // the first signal, 0 while there was none
+	orderly  atomic.Bool  // a run is on, which the first signal ends in order
+	started  bool         // usage and settings are in order
+	code     int
+}
+
+func (a *app) complain(problems []string) {
+	for _, p := range problems {
+		fmt.Fprintf(a.Stderr, "replayer: %s\n", p)
+	}
+	fmt.Fprintln(a.Stderr, "replayer --help shows every command, flag and setting.")
+}
+
+// watch hands signals on until ctx ends.
+func (a *app) watch(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case s := <-a.Signals:
+			number, _ := s.(syscall.Signal)
+			first := a.signal.CompareAndSwap(0, int32(number))
+			if first {
+				close(a.stop)
+			}
+			if !first || !a.orderly.Load() {
+				a.cut()
+			}
+		}
+	}
+}
+
+// interrupted gives the exit code that tells of the first signal.
+func (a *app) interrupted() (int, bool) {
+	number := a.signal.Load()
+	return 128 + int(number), number != 0
+}
+
+var errNoCommand = errors.New("a command is needed: plan, run, runs, discard or quarantine")
+
+func (a *app) root() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "replayer",
+		Short:         "Sends captured requests to the API again",
+		Long:          "replayer sends captured requests to the API again, until it has processed them.\n\nExit codes: 0 nothing selected is left; 1 could not run; 2 bad usage or settings; 3 some are still\nreplayable; 4 only quarantined or rejected ones are left; 130, 143 interrupted, resumable.",
+		Version:       service.Version() + " " + runtime.Version(),
+		SilenceErrors: true, SilenceUsage: true,
+		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
+	}
+	root.SetVersionTemplate("replayer {{.Version}}\n")
+	check := root.Flags().Bool("check-config", false, "check the settings and exit")
+	root.Args = cobra.ArbitraryArgs
+	a.does(root, func(v *values, args []string) func(context.Context) error {
+		switch {
+		case len(args) > 0:
+			v.problems = append(v.problems, fmt.Sprintf("%q is not a command; there are plan, run, runs, discard and quarantine", args[0]))
+		case !*check:
+			v.problems = append(v.problems, errNoCommand.Error())
+		}
+		return func(context.Context) error {
+			_, err := fmt.Fprintln(a.Stdout, "configuration is valid")
+			return err
+		}
+	})
+	root.AddCommand(a.planCommand(), a.runCommand(), a.runsCommand(), a.discardCommand(), a.quarantineCommand())
+
+	help := root.HelpFunc()
+	root.SetHelpFunc(func(cmd *cobra.Command, args []string) {
+		help(cmd, args)
+		fmt.Fprintln(cmd.OutOrStdout(), "\nSettings, from the environment:")
+		_ = service.WriteSettings(cmd.OutOrStdout(), &Settings{}, false) // there is nobody else to tell
+	})
+	return root
+}
+
+// does gives a command its work. read takes flags and arguments, adding what is
+// wrong to the values; the work that it returns is done when nothing is wrong,
+// with the settings either.
+func (a *app) does(cmd *cobra.Command, read func(v *values, args []string) func(context.Context) error) {
+	cmd.FParseErrWhitelist = cobra.FParseErrWhitelist{UnknownFlags: true} // all of them are named below
+	cmd.Args = cobra.ArbitraryArgs
+	run := func(cmd *cobra.Command, args []string, problems []string) error {
+		v := &values{flags: cmd.Flags(), getenv: environment, problems: problems}
+		v.problems = append(v.problems, unknownFlags(a.argsOf(cmd), cmd.Flags())...)
+		work := read(v, args)
+		v.problems = append(v.problems, problemsOf(service.Load(&a.settings, false))...)
+		for _, name := range notOffered {
+			if environment(service.ReplayName(name)) != "" {
+				v.problems = append(v.problems, service.ReplayName(name)+": is not offered yet")
+			}
+		}
+		if len(v.problems) > 0 {
+			return &usageError{problems: v.problems}
+		}
+		a.started = true
+		a.logger = service.NewLogger(a.Stderr, a.settings.LogLevel, a.settings.LogFormat).With("service", "replayer")
+		return work(cmd.Context())
+	}
+	cmd.RunE = func(cmd *cobra.Command, args []string) error { return run(cmd, args, nil) }
+	cmd.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return run(cmd, cmd.Flags().Args(), []string{err.Error()})
+	})
+}
+
+// argsOf gives the arguments that follow the command's name.
+func (a *app) argsOf(cmd *cobra.Command) []string {
+	args := a.Args
+	for _, name := range strings.Fields(cmd.CommandPath())[1:] {
+		for i, arg := range args {
+			if arg == name {
+				args = args[i+1:]
+				break
+			}
+		}
+	}
+	return args
+}
+
+// none refuses arguments.
+func none(v *values, args []string) {
+	for _, arg := range args {
+		v.problems = append(v.problems, fmt.Sprintf("%q is not expected here", arg))
+	}
+}
+
+func (a *app) planCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "plan [flags]", Short: "Show what run would send, and send nothing"}
+	addFlags(cmd, append(append(filterFlags(), sendFlags()...), outputFlag)...)
+	a.does(cmd, func(v *values, args []string) func(context.Context) error {
+		none(v, args)
+		s, _ := v.filter(sendable)
+		send := v.send()
+		output := v.output()
+		return func(ctx context.Context) error {
+			store, err := a.open(ctx)
+			if err != nil {
+				return err
+			}
+			defer func() { _ = store.Close() }()
+			now, err := store.Now(ctx)
+			if err != nil {
+				return err
+			}
+			s.Filter = toSend(s.Filter)
+			plan, err := MakePlan(ctx, store, s.Resolve(now), send.limit, send.rate)
+			if err != nil {
+				return err
+			}
+			return a.print(output, &plan, func(w io.Writer) error { return plan.WriteText(w, send.concurrency) })
+		}
+	})
+	return cmd
+}
+
+// sending is what the flags say about how to send.
+type sending struct {
+	Options
+	limit, concurrency int
+	rate               float64
+	fence              Fence
+	upstream           *url.URL
+}
+
+func (v *values) send() sending {
+	s := sending{
+		limit: v.whole("limit", 1, maxLimit), concurrency: v.whole("concurrency", 1, maxConcurrency),
+		rate: v.rate(), upstream: v.upstream(),
+	}
+	s.Options = Options{
+		Concurrency: s.concurrency, Rate: s.rate, Limit: s.limit,
+		MaxAttempts: v.whole("max-attempts", 1, maxAttempts), Wait: v.duration("wait"), PauseLimit: v.duration("pause-limit"),
+	}
+	s.fence.Timeout = v.duration("fence-timeout")
+	s.fence.Ignore, _ = v.list("ignore-ingress")
+	return s
+}
+
+func (a *app) runCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "run [flags]", Short: "Send what matches, or go on with the run that was left unfinished"}
+	addFlags(cmd, append(append(filterFlags(), sendFlags()...), outputFlag)...)
+	a.does(cmd, func(v *values, args []string) func(context.Context) error {
+		none(v, args)
+		s, _ := v.filter(sendable)
+		send := v.send()
+		output := v.output()
+		if text, _ := v.text("upstream"); text == "" && environment("HOLDFAST_UPSTREAM_URL") == "" {
+			v.problems = append(v.problems, "HOLDFAST_UPSTREAM_URL: is required; set it to the API, or give --upstream to send elsewhere")
+		}
+		return func(ctx context.Context) error {
+			s.Filter = toSend(s.Filter)
+			send.Selection = s
+			return a.run(ctx, send, output)
+		}
+	})
+	return cmd
+}
+
+func (a *app) run(ctx context.Context, send sending, output string) error {
+	store, err := a.open(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = store.Close() }()
+	conn, err := stream.Connect(stream.ConnectOptions{
+		URL: a.settings.NatsURL.Raw(), CredsFile: a.settings.NatsCredsFile, CAFile: a.settings.NatsCAFile,
+		Name: "replayer", Logger: a.logger,
+	})
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	js, err := jetstream.New(conn)
+	if err != nil {
+		return fmt.Errorf("use jetstream: %w", err)
+	}
+	up, err := a.upstream(send)
+	if err != nil {
+		return err
+	}
+	defer up.Close()
+
+	o := send.Options
+	if send.upstream != nil {
+		o.Target = send.upstream.String()
+	}
+	o.Ledger, o.Upstreams, o.Probe = store, up, up.Probe
+	o.Owner = owner()
+	o.Clock = SystemClock{}
+	o.Logger = a.logger
+	o.Progress = NewProgress(a.Stderr, a.logger, o.Clock)
+	o.Stop = a.stop
+	fence := send.fence
+	fence.Ledger, fence.Completions, fence.Clock = store, JetStream{JS: js}, o.Clock
+	o.Fence = &fence
+
+	a.orderly.Store(true)
+	report, err := Run(ctx, o)
+	if err != nil {
+		return err
+	}
+	if code, ok := a.interrupted(); ok && report.End == EndInterrupted {
+		report.ExitCode = code
+	}
+	a.code = report.ExitCode
+	return a.print(output, &report, report.WriteText)
+}
+
+func (a *app) upstream(send sending) (*Upstream, error) {
+	o := UpstreamOptions{URL: &a.settings.UpstreamURL.URL, CAFile: a.settings.UpstreamCAFile, MaxConns: send.concurrency}
+	if send.upstream != nil {
+		o.URL = send.upstream
+		if !a.settings.PreserveHost {
+			// The captured head has the host that the API was to see; another
+			// system sees its own.
+			o.Host = send.upstream.Host
+		}
+	}
+	return NewUpstream(o)
+}
+
+// owner names this process among those that hold runs.
+func owner() string {
+	host, err := os.Hostname()
+	if err != nil {
+		host = "unknown"
+	}
+	return fmt.Sprintf("%s/%d/%s", host, os.Getpid(), rand.Text()[:8])
+}
+
+// print writes a result as JSON or as text.
+func (a *app) print(output string, v any, text func(io.Writer) error) error {
+	if output != "json" {
+		return text(a.Stdout)
+	}
+	enc := json.NewEncoder(a.Stdout)
+	enc.SetIndent("", "  ")
+	return enc.Encode(v)
+}
+
+// open opens the ledger. One that does not exist is an error: made anew it
+// would say that nothing is left.
+func (a *app) open(ctx context.Context) (ledger.Store, error) {
+	raw := a.settings.LedgerURL.Raw()
+	if path, ok := strings.CutPrefix(raw, "sqlite://"); ok {
+		if _, err := os.Stat(path); err != nil {
+			return nil, fmt.Errorf("no ledger there: %w; set HOLDFAST_DATA_DIR or HOLDFAST_LEDGER_URL to that of the recorder", err)
+		}
+	}
+	return open.Open(ctx, open.Options{URL: raw, Logger: a.logger})
+}

@@ -1,0 +1,30 @@
+// Package replayer sends captured requests to the API again until it has
+// processed them. It is a command, and the same binary as a Kubernetes Job.
+//
+// # A run
+//
+// A run is a row in the ledger: a filter and a selection frozen when it was
+// made. It goes through the selection in passes, in the order of the ids, page
+// by page. For each page:
+//
+//  1. The fence: whatever the API, or an ingress, had said about requests when
+//     the page began has reached the ledger. Nothing is sent before that is
+//     known; see [Fence]. The fence of the next page runs while the present
+//     one is sent.
+//  2. Select: what matches the filter now and has attempts left.
+//  3. Begin: the attempt is written to the ledger, under a lease that outlasts
+//     the send timeout, in the transaction that checks that the request is still
+//     to be sent.
+//  4. Send, once. No library below repeats anything.
+//  5. End: the result is written under the lease's fencing token.
+//
+// What failed is tried again in the next pass, after a delay that doubles, up to
+// the limit of attempts.
+//
+// # What is not promised
+//
+// Delivery is at least once: an attempt whose end could not be written (a kill,
+// a ledger that is gone) may have reached the API, and is made again, alone,
+// when its lease is over. A completion event that becomes durable after a page
+// began may come too late to keep that page's request from being sent.
+package replayer

@@ -1,0 +1,134 @@
+package replayer
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+)
+
+// gate stands before every send of a run. It is shut while the API cannot be
+// reached and while the API has asked to be left alone. It is safe for
+// concurrent use.
+type gate struct {
+	clock  Clock
+	logger *slog.Logger
+	limit  time.Duration
+
+	mu sync.Mutex
+	// until is when the API may be asked again.
+	until time.Time
+	// unreachable says that a connect failed, so that one must succeed before
+	// the next send.
+	unreachable bool
+	// shutSince is when the gate was shut after the last good answer; zero while
+	// all is well. The limit counts from it.
+	shutSince time.Time
+}
+
+// newGate makes a gate that asks for a connect before the first send: an API
+// that is down costs no attempt.
+func newGate(clock Clock, logger *slog.Logger, limit time.Duration) *gate {
+	return &gate{clock: clock, logger: logger, limit: limit, unreachable: true}
+}
+
+// refused shuts the gate until a connect succeeds.
+func (g *gate) refused() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.unreachable = true
+	g.shut()
+}
+
+// askedToWait shuts the gate for d.
+func (g *gate) askedToWait(d time.Duration) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.shut()
+	if until := g.clock.Now().Add(d); until.After(g.until) {
+		g.until = until
+	}
+}
+
+// answered notes that the API works.
+func (g *gate) answered() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !g.unreachable && !g.until.After(g.clock.Now()) {
+		g.shutSince = time.Time{}
+	}
+}
+
+func (g *gate) shut() {
+	if g.shutSince.IsZero() {
+		g.shutSince = g.clock.Now()
+	}
+}
+
+// isOpen reports whether wait would return at once.
+func (g *gate) isOpen() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return !g.unreachable && !g.until.After(g.clock.Now())
+}
+
+// Probes of an API that cannot be reached: soon at first, for a restart takes
+// a second or two, then seldom enough to be no load.
+const (
+	firstProbe = 250 * time.Millisecond
+	lastProbe  = 5 * time.Second
+)
+
+// wait returns nil when the API may be sent to. probe connects to it. It gives
+// an error that wraps [ErrPaused] when the gate was shut for longer than the
+// limit, and the cause when ctx ends.
+func (g *gate) wait(ctx context.Context, probe func(context.Context) error) error {
+	delay := firstProbe
+	said := false
+	for {
+		g.mu.Lock()
+		now := g.clock.Now()
+		pause, unreachable := g.until.Sub(now), g.unreachable
+		since := g.shutSince
+		g.mu.Unlock()
+		switch {
+		case pause > 0:
+			if now.Add(pause).Sub(since) > g.limit {
+				return fmt.Errorf("the API asks to wait %s, --pause-limit is %s: %w", pause.Round(time.Second), g.limit, ErrPaused)
+			}
+			g.logger.Info("pausing, as the api asks", "for", pause)
+			if err := g.clock.Sleep(ctx, pause); err != nil {
+				return err
+			}
+		case unreachable:
+			err := probe(ctx)
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			g.mu.Lock()
+			if err == nil {
+				// The count goes on until an answer comes: an API that accepts and
+				// refuses in turn is not well.
+				g.unreachable = false
+				g.mu.Unlock()
+				continue
+			}
+			g.shut()
+			since = g.shutSince
+			g.mu.Unlock()
+			if !said {
+				g.logger.Warn("api cannot be reached, pausing", "err", err)
+				said = true
+			}
+			if left := g.limit - g.clock.Now().Sub(since); left <= 0 {
+				return fmt.Errorf("the API could not be reached for %s: %w: %w", g.limit, err, ErrPaused)
+			} else if err := g.clock.Sleep(ctx, min(delay, left)); err != nil {
+				return err
+			}
+			delay = min(delay*2, lastProbe)
+		default:
+			return nil
+		}
+	}
+}

@@ -1,0 +1,295 @@
+package replayer
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/holdfast-io/holdfast/pkg/capture"
+	"github.com/holdfast-io/holdfast/pkg/ledger"
+	"github.com/holdfast-io/holdfast/pkg/upstream"
+)
+
+// Upstreams says where the requests of a route are sent.
+type Upstreams interface {
+	// For gives the route's upstream. Errors wrap [ErrNoUpstream].
+	For(route string) (*Upstream, error)
+}
+
+// UpstreamOptions describe an API.
+type UpstreamOptions struct {
+	URL *url.URL
+	// CAFile holds the certificates that the API's is checked against; empty
+	// means the system's.
+	CAFile string
+	// Host replaces the captured Host header; empty leaves it.
+	Host string
+	// MaxConns is how many connections there may be: as many as requests are
+	// sent at a time.
+	MaxConns int
+}
+
+// Upstream is one API and the connections to it. It is safe for concurrent use.
+type Upstream struct {
+	pool *upstream.Pool
+	addr string
+	tls  *tls.Config // nil for http
+	host string
+}
+
+// idleTimeout of connections. Servers of APIs close idle ones after as little as
+// 2 s; a request that meets such a close is a burnt attempt, a new connection
+// costs next to nothing beside it.
+const idleTimeout = time.Second
+
+// NewUpstream reads the certificates and makes the pool. It does not connect.
+func NewUpstream(o UpstreamOptions) (*Upstream, error) {
+	u := &Upstream{host: o.Host, addr: o.URL.Host}
+	if o.URL.Port() == "" {
+		u.addr = net.JoinHostPort(o.URL.Hostname(), map[string]string{"http": "80", "https": "443"}[o.URL.Scheme])
+	}
+	if o.URL.Scheme == "https" {
+		u.tls = &tls.Config{ServerName: o.URL.Hostname(), NextProtos: []string{"http/1.1"}}
+		if o.CAFile != "" {
+			pem, err := os.ReadFile(o.CAFile)
+			if err != nil {
+				return nil, fmt.Errorf("read certificates: %w", err)
+			}
+			u.tls.RootCAs = x509.NewCertPool()
+			if !u.tls.RootCAs.AppendCertsFromPEM(pem) {
+				return nil, fmt.Errorf("read certificates: %s holds none", o.CAFile)
+			}
+		}
+	}
+	pool, err := upstream.New(upstream.Options{
+		URL: o.URL, TLS: u.tls, MaxConns: o.MaxConns, IdleTimeout: idleTimeout,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("make upstream: %w", err)
+	}
+	u.pool = pool
+	return u, nil
+}
+
+// For makes one upstream the upstream of every route.
+func (u *Upstream) For(string) (*Upstream, error) { return u, nil }
+
+// Close closes idle connections.
+func (u *Upstream) Close() { u.pool.Close() }
+
+// probeTimeout bounds one probing connect. An API that takes longer to accept
+// is not one to send thousands of requests to.
+const probeTimeout = 5 * time.Second
+
+// Probe connects, TLS handshake included, and closes the connection. No byte of
+// a request is sent.
+func (u *Upstream) Probe(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	var dialer interface {
+		DialContext(ctx context.Context, network, addr string) (net.Conn, error)
+	} = &net.Dialer{}
+	if u.tls != nil {
+		dialer = &tls.Dialer{Config: u.tls}
+	}
+	c, err := dialer.DialContext(ctx, "tcp", u.addr)
+	if err != nil {
+		return err
+	}
+	return c.Close()
+}
+
+// payloads reads captured requests.
+type payloads interface {
+	Payload(ctx context.Context, id uuid.UUID) (head []byte, body io.ReadCloser, err error)
+}
+
+// answer is what came of one send.
+type answer struct {
+	status     int
+	whole      bool
+	retryAfter string // as the API sent it
+	// unconnected is true when there was no connection, so that the API saw
+	// nothing.
+	unconnected bool
+	err         error // why there is no whole answer
+}
+
+// send makes one attempt, and waits for the whole answer until the timeout of
+// the request's policy. Nothing is sent twice, no redirect followed.
+func (u *Upstream) send(ctx context.Context, source payloads, c ledger.Candidate, a capture.Attempt) answer {
+	head, body, err := source.Payload(ctx, c.ID)
+	if err != nil {
+		return answer{err: fmt.Errorf("read payload: %w", err)}
+	}
+	defer func() { _ = body.Close() }()
+	head = replayHead(head, u.host, c, a)
+
+	// A small body goes out with the head. It is read before the API sees a
+	// byte, so that a ledger that fails here cannot cut the request.
+	first := make([]byte, min(c.Size, firstPart))
+	if _, err := io.ReadFull(body, first); err != nil {
+		return answer{err: fmt.Errorf("read payload: %w", err)}
+	}
+	x, err := u.pool.Begin(time.Now().Add(c.Policy.Timeout), c.Method, c.Size-int64(len(first)), first, head)
+	if err != nil {
+		return failed(err)
+	}
+	defer x.Close()
+	if rest := c.Size - int64(len(first)); rest > 0 {
+		return exchange(x, body, rest)
+	}
+	return receive(x)
+}
+
+// firstPart is how much of a body is read before anything is sent; what is
+// above it is streamed.
+const firstPart = 256 << 10
+
+// exchange sends the rest of the body, then reads the answer.
+func exchange(x *upstream.Exchange, body io.Reader, rest int64) answer {
+	buf := make([]byte, 64<<10)
+	for rest > 0 {
+		n, err := io.ReadFull(body, buf[:min(rest, int64(len(buf)))])
+		if err != nil {
+			// The connection is closed with the request cut, so that the API does
+			// not take it for whole.
+			return answer{err: fmt.Errorf("read payload: %w", err)}
+		}
+		if _, err := x.Write(buf[:n]); err != nil {
+			return early(x, failed(err))
+		}
+		rest -= int64(n)
+	}
+	return receive(x)
+}
+
+// earlyGrace is how long an answer may take that was given before the whole
+// request was read, and that the deadline of the write has met.
+const earlyGrace = time.Second
+
+// early reads the answer of an API that did not read the whole request, a 413
+// for instance; without one it gives what the write met.
+func early(x *upstream.Exchange, write answer) answer {
+	if err := x.Extend(time.Now().Add(earlyGrace)); err != nil {
+		return write
+	}
+	if got := receive(x); got.whole {
+		return got
+	}
+	return write
+}
+
+func receive(x *upstream.Exchange) answer {
+	resp, err := x.Answer(nil)
+	if err != nil {
+		return failed(err)
+	}
+	got := answer{status: resp.StatusCode, retryAfter: resp.Header.Get("Retry-After")}
+	if _, err := io.Copy(io.Discard, struct{ io.Reader }{x}); err != nil {
+		got.err = fmt.Errorf("answer cut short: %w", err)
+		return got
+	}
+	got.whole = true
+	return got
+}
+
+func failed(err error) answer {
+	var failure *upstream.Error
+	got := answer{err: err}
+	if errors.As(err, &failure) {
+		got.unconnected = failure.Op == "connect" && !failure.Sent
+		if failure.Timeout() && failure.Sent {
+			got.err = errNoAnswer
+		}
+	}
+	return got
+}
+
+var errNoAnswer = errors.New("no whole answer within the timeout")
+
+// dropped are the header names that are not sent again: framing, which is made
+// anew, and what ends at a hop. The gateway took them away already; a capture
+// that came into the stream by another way may have them.
+var dropped = []string{
+	"Connection", "Proxy-Connection", "Keep-Alive", "Te", "Trailer", "Transfer-Encoding", "Upgrade",
+	"Content-Length", "Expect",
+}
+
+// replayHead gives the captured head as it is sent: the request line and the
+// header fields byte for byte and in their order, then what a replay adds.
+func replayHead(head []byte, host string, c ledger.Candidate, a capture.Attempt) []byte {
+	out := make([]byte, 0, len(head)+256)
+	line, rest, _ := bytes.Cut(head, []byte("\r\n"))
+	out = append(append(out, line...), "\r\n"...)
+	framed := c.Size > 0
+	for len(rest) > 0 {
+		line, rest, _ = bytes.Cut(rest, []byte("\r\n"))
+		if len(line) == 0 {
+			break
+		}
+		colon := max(bytes.IndexByte(line, ':'), 0)
+		name := string(line[:colon])
+		switch {
+		case strings.EqualFold(name, "Content-Length"):
+			framed = true
+			continue
+		case capture.IsOwnHTTPHeader(name) || isDropped(name):
+			continue
+		case host != "" && strings.EqualFold(name, "Host"):
+			line = []byte("Host: " + host)
+		}
+		out = append(append(out, line...), "\r\n"...)
+	}
+	add := func(name, value string) {
+		out = append(out, name...)
+		out = append(out, ": "...)
+		out = append(out, value...)
+		out = append(out, "\r\n"...)
+	}
+	if framed {
+		add("Content-Length", strconv.FormatInt(c.Size, 10))
+	}
+	add(capture.HTTPHeaderID, c.ID.String())
+	add(capture.HTTPHeaderReplay, a.Run)
+	add(capture.HTTPHeaderAttempt, strconv.Itoa(a.Number))
+	add(capture.HTTPHeaderReceivedAt, c.ReceivedAt.UTC().Format(time.RFC3339Nano))
+	return append(out, "\r\n"...)
+}
+
+func isDropped(name string) bool {
+	for _, d := range dropped {
+		if strings.EqualFold(d, name) {
+			return true
+		}
+	}
+	return false
+}
+
+// waitOf reads a Retry-After header (RFC 9110 section 10.2.3): seconds or a
+// date. ok is false when there is none that can be read.
+func waitOf(retryAfter string, now time.Time) (time.Duration, bool) {
+	if retryAfter == "" {
+		return 0, false
+	}
+	if seconds, err := strconv.ParseInt(retryAfter, 10, 32); err == nil && seconds >= 0 {
+		return time.Duration(seconds) * time.Second, true
+	}
+	if at, err := http.ParseTime(retryAfter); err == nil {
+		return max(at.Sub(now), 0), true
+	}
+	return 0, false
+}

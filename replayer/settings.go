@@ -1,0 +1,34 @@
+package replayer
+
+import (
+	"fmt"
+
+	"github.com/holdfast-io/holdfast/pkg/service"
+)
+
+// Settings of the replayer: what it shares with the other binaries. Its flags
+// are settings too, under [service.ReplayName].
+type Settings struct {
+	service.Common
+	service.NATS
+	service.Ledger
+	service.Upstream
+	UpstreamURL service.URL `split_words:"true" secret:"true" shown:"required by run without --upstream" desc:"the API: http or https, and a host"`
+	RoutesFile  string      `split_words:"true" desc:"not used by the replayer yet: requests of all routes are sent to HOLDFAST_UPSTREAM_URL"`
+}
+
+// problemsOf gives a line for each thing that is wrong with the settings.
+func problemsOf(err error) []string {
+	if err == nil {
+		return nil
+	}
+	wrong, ok := err.(*service.SettingsError)
+	if !ok {
+		return []string{err.Error()}
+	}
+	lines := make([]string, len(wrong.Problems))
+	for i, p := range wrong.Problems {
+		lines[i] = fmt.Sprintf("%s: %s", p.Name, p.Reason)
+	}
+	return lines
+}
