@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -507,6 +509,44 @@ func TestReportersAndCloseAtTheSameTime(t *testing.T) {
 	}
 	if s := c.Stats(); s.Queued != 0 || s.Dropped != 0 || s.Reported != s.Confirmed || s.Reported+s.Refused != reporters*each || d.len() != 0 {
 		t.Fatalf("got %+v", s)
+	}
+}
+
+// A redirect is not followed: events and token go to the acker alone.
+func TestRedirectsAreNotFollowed(t *testing.T) {
+	elsewhere := newAcker(t)
+	a := newAcker(t)
+	a.answer = func(_ int, w http.ResponseWriter, _ []completion.Event) bool {
+		w.Header().Set("Location", elsewhere.URL+"/v1/completions")
+		w.WriteHeader(http.StatusPermanentRedirect)
+		return true
+	}
+	c, _ := newClient(t, a, nil)
+	if err := c.ReportNow(t.Context(), processed(1)); !errors.Is(err, completion.ErrRefused) {
+		t.Fatalf("got %v", err)
+	}
+	closeNow(t, c)
+	equal(t, elsewhere.held(), nil)
+}
+
+func TestCloseEndsTheConnections(t *testing.T) {
+	a := &acker{changed: make(chan struct{}), maxBytes: 1 << 20, token: token}
+	a.Server = httptest.NewUnstartedServer(a)
+	ended := make(chan struct{})
+	a.Config.ConnState = func(_ net.Conn, s http.ConnState) {
+		if s == http.StateClosed {
+			close(ended)
+		}
+	}
+	a.Start()
+	t.Cleanup(a.Close)
+	c, _ := newClient(t, a, nil)
+	report(t, c, 1, 1)
+	closeNow(t, c)
+	select {
+	case <-ended:
+	case <-time.After(20 * time.Second):
+		t.Fatal("the connection is still there")
 	}
 }
 
