@@ -76,7 +76,7 @@ def post(url, events, token=None, timeout=10):
 def index_of(text):
     """The index in an answer that names the event at fault, or None."""
     try:
-        index = json.loads(text).get("index")
+        index = json.loads(text).get("item")
     except (ValueError, AttributeError):
         return None
     return index if isinstance(index, int) else None

@@ -107,7 +107,7 @@ func malformed(e completion.Event) string {
 func problem(w http.ResponseWriter, status int, detail string, index *int) {
 	w.Header().Set("Content-Type", "application/problem+json")
 	w.WriteHeader(status)
-	_ = json.NewEncoder(w).Encode(map[string]any{"status": status, "detail": detail, "index": index})
+	_ = json.NewEncoder(w).Encode(map[string]any{"status": status, "detail": detail, "item": index})
 }
 
 // wait returns when ok is true of the acker's state, which it may read.

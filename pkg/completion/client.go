@@ -357,15 +357,15 @@ func newAnswerError(resp *http.Response, body []byte, readErr error) *answerErro
 	var problem struct {
 		Title  string `json:"title"`
 		Detail string `json:"detail"`
-		Index  *int   `json:"index"`
+		Item   *int   `json:"item"`
 	}
 	switch {
 	case json.Unmarshal(body, &problem) == nil:
 		if e.detail = problem.Detail; e.detail == "" {
 			e.detail = problem.Title
 		}
-		if problem.Index != nil {
-			e.index = *problem.Index
+		if problem.Item != nil {
+			e.index = *problem.Item
 		}
 	case readErr != nil:
 		e.detail = readErr.Error()
