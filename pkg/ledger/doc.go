@@ -19,8 +19,8 @@
 //
 // # Batches
 //
-// A batch that fails on the data of some items is halved until those are
-// found: they are refused one by one in the results, all others are held. An
+// Where a batch fails on the data of some items, those are found and refused
+// one by one in the results, and all others are held. An
 // error that has nothing to do with data (busy, full, gone) fails the whole
 // call and refuses nothing.
 //

@@ -56,14 +56,18 @@ type Recorder interface {
 	// replayed, only once it is complete. A head whose chunks are missing waits
 	// and is listed as set aside (kind "incomplete"); it completes when they
 	// come. All chunks there and the hash wrong is an error of the item that
-	// completed it; the head is then set aside with that reason, and released.
+	// completed it; the head is then set aside with that reason, and it and the
+	// chunks are released. The chunks are kept.
 	// An abandon record drops the chunks of its id if no head is known, and
 	// is otherwise without effect; it and they are released. A chunk that comes
 	// after its abandon record is dropped and released.
 	//
-	// A capture received longer ago than the retention minus a day
-	// (Options.Retention of the store; 0 turns this off) enters with a
-	// quarantine of reason "late".
+	// A request needs an id that is a UUID of version 7: their order is the
+	// order of listing and sending.
+	//
+	// A capture received longer ago than the retention minus a day, or than
+	// half of it where that is more (Options.Retention of the store; 0 turns
+	// this off), enters with a quarantine of reason "late".
 	//
 	// Errors: [ErrFull], [ErrUnavailable].
 	Record(ctx context.Context, items []Item) ([]Result, error)
@@ -143,13 +147,14 @@ type Request struct {
 	Size       int64 // bytes of the body
 	ReceivedAt time.Time
 	RecordedAt time.Time
-	// Status and Error are those of the last attempt that has ended.
+	// Status and Error are those of the last attempt that has ended; of several
+	// results of it, of the one that counts most.
 	Status   int
 	Error    string
 	Attempts int // how many are known, the first try included once its outcome is known
 	// GraceEnd is when a received one becomes replayable.
-	GraceEnd   time.Time
-	Replayable bool // at the time of reading
+	GraceEnd   time.Time // zero in every other state
+	Replayable bool      // at the time of reading
 	// PayloadExpired is true when head and body are gone (processed, past
 	// KEEP_PROCESSED).
 	PayloadExpired bool
@@ -158,6 +163,8 @@ type Request struct {
 // Detail is everything the ledger knows of one request but its payload.
 type Detail struct {
 	Request
+	// Facts has each fact once, attempts by their numbers. The beginning of an
+	// attempt is not in it once its end is known.
 	Facts         capture.Facts
 	EventTimes    []time.Time // when the ledger got to know Facts.Events[i]
 	DiscardReason string
@@ -177,7 +184,7 @@ type Stats struct {
 	Early            int64            // facts about unknown ids
 	EarlyDropped     int64            // events dropped above the cap, since the ledger was made
 	Expired          int64            // requests deleted after the retention, since the ledger was made
-	OldestReplayable time.Time        // received_at; zero when nothing is replayable
+	OldestReplayable time.Time        // received_at of the first one by id; zero when nothing is replayable
 	PayloadBytes     int64            // of processed requests, the ones KEEP_PROCESSED_BYTES bounds
 	FreeBytes        int64            // room on the disk, -1 when not known
 	Replays          map[string]int64 // attempts of replay runs by result: processed, failed, rejected, unknown
@@ -211,7 +218,9 @@ type Reader interface {
 	// above 64 KiB.
 	AsideList(ctx context.Context, cursor string, limit int) ([]Aside, string, error)
 	Ingresses(ctx context.Context) ([]Ingress, error)
+	// Runs gives runs, the newest first. Errors: [ErrInvalidCursor].
 	Runs(ctx context.Context, cursor string, limit int) ([]Run, string, error)
+	// Run gives one run. Errors: [ErrNotFound].
 	Run(ctx context.Context, id string) (Run, error)
 	// Now is the ledger's clock.
 	Now(ctx context.Context) (time.Time, error)
@@ -311,6 +320,12 @@ type Ended struct {
 }
 
 // Replayer is what replay runs are made of.
+//
+// What a run may send: of what its filter selects, the failed ones, and the
+// received ones whose grace is over; rejected ones if the filter names that
+// state, or names no state and statuses or ids; quarantined ones if it names
+// that state. Never what is processed or discarded, and never what is in its
+// grace.
 type Replayer interface {
 	// OpenRun picks up the active run with the same filter and target whose
 	// lease is over, the oldest first, or makes a new one with its selection
@@ -319,7 +334,8 @@ type Replayer interface {
 	// KeepRun extends the lease. It gives the run, so that the holder sees that
 	// it was cancelled. Errors: [ErrFenced].
 	KeepRun(ctx context.Context, l RunLease, lease time.Duration) (Run, error)
-	// EndRun finishes it with its report. Errors: [ErrFenced].
+	// EndRun finishes it with its report; one that was cancelled stays
+	// cancelled. Errors: [ErrFenced].
 	EndRun(ctx context.Context, l RunLease, report []byte) error
 	// LeaveRun gives the lease up, so that another process can pick the run up
 	// at once. Errors: [ErrFenced].
@@ -333,17 +349,23 @@ type Replayer interface {
 	// ids, after the given one (uuid.Nil: from the start).
 	Select(ctx context.Context, l RunLease, maxAttempts int, after uuid.UUID, limit int) ([]Candidate, error)
 	// Left counts what of the run's selection is still replayable, waits for its
-	// grace or a lease, is rejected, or is quarantined.
+	// grace or a lease, is rejected, or is quarantined. Rejected ones count if
+	// the run has sent them or may send them: those of live traffic are not its
+	// business. Quarantined ones count if they match the filter but for state
+	// and status.
 	Left(ctx context.Context, l RunLease) (Left, error)
 	// Begin writes attempts down, before they are sent, in one transaction:
-	// each requires a request that the run's filter still selects, no valid
-	// lease of another run, and gives a lease with a new fencing token. An
-	// attempt that a run to another target begins changes no state.
+	// each requires a request that the run may still send, and no valid lease of
+	// any run, this one's included: its sender may be paused, not dead. It gives
+	// a lease with a new fencing token. An attempt that a run to another target
+	// begins changes no state, and such a run sends again only what failed
+	// there. A cancelled or ended run begins nothing: [ErrFenced].
 	// Errors: [ErrFenced].
 	Begin(ctx context.Context, l RunLease, ids []uuid.UUID, o BeginOptions) ([]Begun, error)
 	// End writes results and gives the leases back, in one transaction.
-	// errs[i] is [ErrFenced] when that lease was lost to somebody else. A
-	// repeated equal result is no error.
+	// errs[i] is [ErrFenced] when that lease was lost to somebody else; a lease
+	// that is over and was not taken is still good. A repeated equal result is
+	// no error. The run's own lease is not asked for: what was sent was sent.
 	End(ctx context.Context, l RunLease, results []Ended) (errs []error, err error)
 }
 
@@ -380,6 +402,10 @@ type Retention struct {
 // Keeper is housekeeping.
 type Keeper interface {
 	// Expire deletes what may go, at most limit requests in one call, so that
-	// writers are not held up; more is true when there is more to do.
+	// writers are not held up; more is true when there may be more to do. It
+	// deletes payloads of processed requests, whole requests that are closed,
+	// facts about ids that never became known, chunks whose head never came and
+	// the memory of abandoned ones; deleted counts them all. Ages count from
+	// when the ledger learnt what closed the request. What is set aside stays.
 	Expire(ctx context.Context, r Retention, limit int) (deleted int, more bool, err error)
 }

@@ -205,8 +205,12 @@ func (s *Store) read(ctx context.Context, what string, f func(q *sql.Tx) error) 
 		err = f(tx)
 		_ = tx.Rollback() // nothing was written; an error here says only that ctx is done
 	}
-	if ctx.Err() != nil {
+	switch {
+	case err == nil:
+	case ctx.Err() != nil:
 		err = errors.Join(ctx.Err(), err)
+	case s.closed.Load():
+		err = errors.Join(errClosed, err)
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", what, classify(err))

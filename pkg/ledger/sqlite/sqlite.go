@@ -32,6 +32,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -85,7 +86,7 @@ type Store struct {
 	lock     chan struct{} // holds one element; whoever takes it may use what follows
 	conn     *sql.Conn
 	stmts    map[string]*sql.Stmt
-	closed   bool
+	closed   atomic.Bool
 	origins  originCache
 	freeRoom func() (free, total int64, err error)
 }
@@ -297,10 +298,9 @@ func diskRoom(dir string) (free, total int64, err error) {
 func (s *Store) Close() error {
 	<-s.lock
 	defer func() { s.lock <- struct{}{} }()
-	if s.closed {
+	if s.closed.Swap(true) {
 		return nil
 	}
-	s.closed = true
 	var errs []error
 	if s.readDB != nil {
 		errs = append(errs, s.readDB.Close())

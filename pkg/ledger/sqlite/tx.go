@@ -52,7 +52,7 @@ func (s *Store) transact(ctx context.Context, f func(*tx) error) error {
 		return ctx.Err()
 	}
 	defer func() { s.lock <- struct{}{} }()
-	if s.closed {
+	if s.closed.Load() {
 		return errClosed
 	}
 	t := &tx{s: s, deltas: make(map[string]int64), counters: make(map[string]int64)}
