@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -116,4 +117,23 @@ func Connected(nc *nats.Conn) error {
 		return nil
 	}
 	return ErrDisconnected
+}
+
+// Drain makes the clean-up of a connection: what was published last, words and
+// acknowledgements, is sent before it closes, as long as the clean-up's context
+// allows.
+func Drain(nc *nats.Conn) func(context.Context) error {
+	return func(ctx context.Context) error {
+		defer nc.Close()
+		if !nc.IsConnected() {
+			return nil // nothing is buffered
+		}
+		// A flush needs a deadline.
+		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+		defer cancel()
+		if err := nc.FlushWithContext(ctx); err != nil {
+			return fmt.Errorf("flush NATS connection: %w", err)
+		}
+		return nil
+	}
 }

@@ -56,19 +56,27 @@ type pull struct {
 
 // openPull makes sure that the consumer is there and is the kind that the loop
 // needs, and subscribes an inbox. It sends no request yet.
-func openPull(ctx context.Context, o ConsumerOptions) (*pull, error) {
-	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
-	defer cancel()
+func openPull(ctx context.Context, o ConsumerOptions) (p *pull, err error) {
 	if err := Connected(o.Conn); err != nil {
 		return nil, err
 	}
 	// Before anything is sent: what comes later is at worst taken for older.
 	reconnects := o.Conn.Stats().Reconnects
+	status := o.Conn.StatusChanged(nats.CONNECTED, nats.CLOSED)
+	defer func() {
+		if err != nil {
+			o.Conn.RemoveStatusListener(status)
+		}
+	}()
 	js, err := jetstream.New(o.Conn)
 	if err != nil {
 		return nil, err
 	}
-	consumer, err := js.Consumer(ctx, o.Stream, o.Durable)
+	var consumer jetstream.Consumer
+	err = onThisConnection(ctx, status, func(ctx context.Context) error {
+		consumer, err = js.Consumer(ctx, o.Stream, o.Durable)
+		return err
+	})
 	switch {
 	case errors.Is(err, jetstream.ErrStreamNotFound), errors.Is(err, jetstream.ErrConsumerNotFound):
 		return nil, fmt.Errorf("%w: consumer %s of %s", ErrMissing, o.Durable, o.Stream)
@@ -80,13 +88,14 @@ func openPull(ctx context.Context, o ConsumerOptions) (*pull, error) {
 		return nil, fmt.Errorf("%w: consumer %s of %s acknowledges by %v, several processes that share it need explicit",
 			ErrDiffers, o.Durable, o.Stream, config.AckPolicy)
 	}
-	p := &pull{
+	p = &pull{
 		conn:       o.Conn,
 		subject:    "$JS.API.CONSUMER.MSG.NEXT." + o.Stream + "." + o.Durable,
 		batch:      o.MaxBatch,
 		reconnects: reconnects,
 		ackWait:    config.AckWait,
 		inbox:      o.Conn.NewInbox(),
+		status:     status,
 		// What a request may bring, and the few status lines beside it.
 		messages: make(chan *nats.Msg, 2*o.MaxBatch+16),
 	}
@@ -97,9 +106,28 @@ func openPull(ctx context.Context, o ConsumerOptions) (*pull, error) {
 	if err != nil {
 		return nil, fmt.Errorf("subscribe inbox: %w", err)
 	}
-	p.status = o.Conn.StatusChanged(nats.CONNECTED, nats.CLOSED)
 	p.silent = time.NewTimer(silence)
 	return p, nil
+}
+
+// onThisConnection gives up a request when the connection breaks: what was sent
+// to a server that is shutting down is never answered.
+func onThisConnection(ctx context.Context, status <-chan nats.Status, request func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+	defer cancel()
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		select {
+		case <-status:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	err := request(ctx)
+	cancel()
+	<-watched
+	return err
 }
 
 // request asks for the next messages.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"time"
@@ -258,4 +259,22 @@ func (p plan) consumerDifferences(is jetstream.ConsumerConfig) []string {
 	differ(d, "filter_subject", is.FilterSubject, want.FilterSubject)
 	differ(d, "filter_subjects", len(is.FilterSubjects), len(want.FilterSubjects))
 	return d.found
+}
+
+// Report runs Check until JetStream answers or ctx is done, and logs what is
+// missing or different. Consuming goes on all the same: a stream that somebody
+// has made larger is no reason to let it fill.
+func Report(ctx context.Context, js jetstream.JetStream, s Streams, logger *slog.Logger, streams ...string) {
+	for backoff := retryFirst; ctx.Err() == nil; backoff = min(2*backoff, retryLast) {
+		err := Check(ctx, js, s, streams...)
+		switch {
+		case err == nil:
+			return
+		case errors.Is(err, ErrMissing), errors.Is(err, ErrDiffers):
+			logger.Error("streams are not made as they must be", "err", err)
+			return
+		}
+		// Not connected, or no leader yet: whoever consumes says so.
+		wait(ctx, backoff)
+	}
 }

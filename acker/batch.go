@@ -1,0 +1,115 @@
+package acker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/holdfast-io/holdfast/pkg/capture"
+	"github.com/holdfast-io/holdfast/pkg/ledger"
+	"github.com/holdfast-io/holdfast/pkg/stream"
+)
+
+const (
+	// asideKind is the kind of what the acker sets aside.
+	asideKind = "completion"
+	// maxFacts bounds one transaction: a message may hold thousands of events,
+	// and whoever writes to the ledger waits for the longest transaction.
+	maxFacts = 2000
+	// maxEvents bounds one message. The broker's max_payload, 1 MiB, holds less.
+	maxEvents = 100_000
+)
+
+var errSubject = errors.New("the subject is neither that of an outcome nor that of an event")
+
+// commit is the handler of the completions stream.
+func (s *Service) commit(ctx context.Context, batch []stream.Msg) error {
+	facts := make([]ledger.Fact, 0, len(batch))
+	source := make([]int, 0, len(batch)) // of facts[i]: the message
+	refused := make(map[int]error)       // by message
+	for i := range batch {
+		decoded, err := decode(&batch[i])
+		if err != nil {
+			refused[i] = err
+			continue
+		}
+		for _, f := range decoded {
+			facts, source = append(facts, f), append(source, i)
+		}
+	}
+	at := 0
+	for part := range slices.Chunk(facts, maxFacts) {
+		errs, err := s.o.Store.Complete(ctx, part)
+		if err != nil {
+			return fmt.Errorf("commit completions: %w", err)
+		}
+		for i, err := range errs {
+			if m := source[at+i]; err != nil && refused[m] == nil {
+				refused[m] = err
+			}
+		}
+		at += len(part)
+	}
+	if err := s.setAside(ctx, batch, refused); err != nil {
+		return err
+	}
+	for i := range batch {
+		// Only the gateway's own subject releases spool records: an API must not
+		// be able to have one dropped.
+		if capture.IsOutcomeSubject(batch[i].Subject) {
+			if ref, ok := capture.ParseSpoolRef(batch[i].Header); ok {
+				s.words.Add(ref)
+			}
+		}
+	}
+	s.words.Publish()
+	return nil
+}
+
+func (s *Service) setAside(ctx context.Context, batch []stream.Msg, refused map[int]error) error {
+	if len(refused) == 0 {
+		return nil
+	}
+	asides := make([]ledger.Aside, 0, len(refused))
+	for i, reason := range refused {
+		asides = append(asides, batch[i].Aside(asideKind, reason))
+	}
+	if err := s.o.Store.SetAside(ctx, asides); err != nil {
+		return fmt.Errorf("set completions aside: %w", err)
+	}
+	for i, reason := range refused {
+		batch[i].Terminate(reason.Error())
+		s.o.Logger.Warn("a completion was set aside", "subject", batch[i].Subject, "err", reason)
+	}
+	return nil
+}
+
+// decode reads the facts of one message. What it is depends on its subject
+// alone, never on its form.
+func decode(m *stream.Msg) ([]ledger.Fact, error) {
+	switch {
+	case capture.IsOutcomeSubject(m.Subject):
+		o, err := capture.DecodeOutcome(m.Data)
+		if err != nil {
+			return nil, err
+		}
+		return []ledger.Fact{{Outcome: &o}}, nil
+	case capture.IsEventSubject(m.Subject):
+		events, err := capture.DecodeEvents(m.Data, maxEvents)
+		if err != nil {
+			return nil, err
+		}
+		return eventFacts(events), nil
+	default:
+		return nil, errSubject
+	}
+}
+
+func eventFacts(events []capture.Event) []ledger.Fact {
+	facts := make([]ledger.Fact, len(events))
+	for i := range events {
+		facts[i].Event = &events[i]
+	}
+	return facts
+}
