@@ -6,9 +6,11 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -18,6 +20,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -26,6 +29,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-io/holdfast/pkg/capture"
 	"github.com/holdfast-io/holdfast/pkg/embednats"
@@ -148,12 +152,12 @@ type books struct {
 	ahead atomic.Int64 // of the real time
 }
 
-func newBooks(t *testing.T) *books {
+func newBooks(t testing.TB) *books {
 	t.Helper()
 	return openBooks(t, filepath.Join(t.TempDir(), "ledger.db"))
 }
 
-func openBooks(t *testing.T, path string) *books {
+func openBooks(t testing.TB, path string) *books {
 	t.Helper()
 	b := &books{path: path}
 	store, err := sqlite.Open(t.Context(), sqlite.Options{
@@ -189,7 +193,7 @@ func newPolicy() capture.Policy {
 }
 
 // capture records requests, in the order of their ids.
-func (b *books) capture(t *testing.T, requests ...request) []uuid.UUID {
+func (b *books) capture(t testing.TB, requests ...request) []uuid.UUID {
 	t.Helper()
 	ids := make([]uuid.UUID, len(requests))
 	var items []ledger.Item
@@ -256,7 +260,7 @@ func (b *books) capture(t *testing.T, requests ...request) []uuid.UUID {
 func many(n int) []request { return make([]request, n) }
 
 // states counts the requests by their state.
-func (b *books) states(t *testing.T) map[capture.State]int64 {
+func (b *books) states(t testing.TB) map[capture.State]int64 {
 	t.Helper()
 	stats, err := b.Stats(t.Context())
 	require.NoError(t, err)
@@ -334,7 +338,36 @@ func (a *api) times() map[string]int {
 	return n
 }
 
-func upstreamTo(t *testing.T, rawURL string) *replayer.Upstream {
+// port is an address that no other process takes while nobody listens on it.
+type port struct{ addr string }
+
+func reusePort(_, _ string, c syscall.RawConn) error {
+	var failed error
+	err := c.Control(func(fd uintptr) {
+		failed = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
+	})
+	return errors.Join(err, failed)
+}
+
+// newPort binds a socket and does not listen on it: connects are refused.
+func newPort(t *testing.T) port {
+	t.Helper()
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, unix.Close(fd)) })
+	require.NoError(t, unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1))
+	require.NoError(t, unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}))
+	name, err := unix.Getsockname(fd)
+	require.NoError(t, err)
+	return port{addr: fmt.Sprintf("127.0.0.1:%d", name.(*unix.SockaddrInet4).Port)}
+}
+
+func (p port) listen() (net.Listener, error) {
+	config := net.ListenConfig{Control: reusePort}
+	return config.Listen(context.Background(), "tcp", p.addr)
+}
+
+func upstreamTo(t testing.TB, rawURL string) *replayer.Upstream {
 	t.Helper()
 	u, err := url.Parse(rawURL)
 	require.NoError(t, err)
@@ -345,7 +378,7 @@ func upstreamTo(t *testing.T, rawURL string) *replayer.Upstream {
 }
 
 // options are those of a run that is about nothing in particular.
-func options(t *testing.T, b *books, apiURL string) replayer.Options {
+func options(t testing.TB, b *books, apiURL string) replayer.Options {
 	t.Helper()
 	up := upstreamTo(t, apiURL)
 	return replayer.Options{

@@ -193,7 +193,12 @@ func Run(ctx context.Context, o Options) (Report, error) {
 
 	keeping, stopKeeping := context.WithCancel(last)
 	var keeper sync.WaitGroup
-	keeper.Go(func() { r.keep(keeping) })
+	keeper.Go(func() {
+		// By real time: leases are about what other processes see.
+		tick := time.NewTicker(runLease / 3)
+		defer tick.Stop()
+		r.keep(keeping, tick.C)
+	})
 	r.writer = newWriter(last, lease, o.Ledger, o.Clock, 2*o.Concurrency, r.wrote, halt)
 
 	if left, err := o.Ledger.Left(begin, lease); err == nil {
@@ -324,17 +329,14 @@ func abandoned(ctx context.Context, o Options, r ledger.Run) (bool, error) {
 	}
 }
 
-// keep holds the run's lease until ctx ends. By real time: leases are about what
-// other processes see.
-func (r *runner) keep(ctx context.Context) {
-	tick := time.NewTicker(runLease / 3)
-	defer tick.Stop()
+// keep extends the run's lease at each tick until ctx ends or the lease is lost.
+func (r *runner) keep(ctx context.Context, tick <-chan time.Time) {
 	held := time.Now()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-tick.C:
+		case <-tick:
 		}
 		asked := time.Now()
 		run, err := r.Ledger.KeepRun(ctx, r.lease, runLease)
@@ -645,7 +647,7 @@ more:
 		default:
 			break more
 		}
-		if r.limiter != nil && !r.limiter.AllowN(r.Clock.Now(), 1) {
+		if !r.gate.isOpen() || r.limiter != nil && !r.limiter.AllowN(r.Clock.Now(), 1) {
 			break
 		}
 		chosen = append(chosen, from[took])

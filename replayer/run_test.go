@@ -318,12 +318,9 @@ func TestARetryAfterBeyondThePauseLimitEndsTheRun(t *testing.T) {
 func TestWaitsForAnAPIThatIsDown(t *testing.T) {
 	b := newBooks(t)
 	ids := b.capture(t, many(5)...)
-	reserved, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	addr := reserved.Addr().String()
-	require.NoError(t, reserved.Close())
+	p := newPort(t)
 
-	o := options(t, b, "http://"+addr)
+	o := options(t, b, "http://"+p.addr)
 	c := o.Clock.(*clock)
 	a := &api{}
 	server := &http.Server{Handler: a.handler(nil)}
@@ -332,10 +329,8 @@ func TestWaitsForAnAPIThatIsDown(t *testing.T) {
 	probes := 0
 	c.each = func(time.Duration) {
 		if probes++; probes == 4 {
-			l, err := net.Listen("tcp", addr)
-			if err != nil {
-				panic(err)
-			}
+			l, err := p.listen()
+			must(err)
 			serving.Go(func() { _ = server.Serve(l) })
 		}
 	}
@@ -355,10 +350,7 @@ func TestWaitsForAnAPIThatIsDown(t *testing.T) {
 func TestGivesUpOnAnAPIThatStaysDown(t *testing.T) {
 	b := newBooks(t)
 	ids := b.capture(t, many(2)...)
-	reserved, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	require.NoError(t, reserved.Close())
-	o := options(t, b, "http://"+reserved.Addr().String())
+	o := options(t, b, "http://"+newPort(t).addr)
 	o.PauseLimit = time.Minute
 	report := mustRun(t, o)
 	require.Equal(t, replayer.EndPaused, report.End)
@@ -378,9 +370,9 @@ func TestGivesUpOnAnAPIThatStaysDown(t *testing.T) {
 func TestAnAPIThatDiesInTheMiddle(t *testing.T) {
 	b := newBooks(t)
 	b.capture(t, many(50)...)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	p := newPort(t)
+	l, err := p.listen()
 	require.NoError(t, err)
-	addr := l.Addr().String()
 	a := &api{}
 	var server *http.Server
 	var serving sync.WaitGroup
@@ -393,17 +385,15 @@ func TestAnAPIThatDiesInTheMiddle(t *testing.T) {
 	server.SetKeepAlivesEnabled(false)
 	serving.Go(func() { _ = server.Serve(l) })
 	second := &http.Server{Handler: a.handler(nil)}
-	o := options(t, b, "http://"+addr)
+	o := options(t, b, "http://"+p.addr)
 	o.Concurrency = 2
 	c := o.Clock.(*clock)
 	var up sync.Once
 	c.each = func(d time.Duration) {
 		if d == 500*time.Millisecond { // the second probe
 			up.Do(func() {
-				again, err := net.Listen("tcp", addr)
-				if err != nil {
-					panic(err)
-				}
+				again, err := p.listen()
+				must(err)
 				serving.Go(func() { _ = second.Serve(again) })
 			})
 		}
@@ -438,6 +428,27 @@ func TestPacesItself(t *testing.T) {
 	}
 	require.Equal(t, 2*time.Second, c.Now().Sub(began).Round(10*time.Millisecond))
 	require.InDelta(t, 5.5, report.Rate, 0.1)
+}
+
+// TestAPageThatGrowsTooOldIsCut: a slow run selects anew, behind a new fence,
+// and leaves nothing out.
+func TestAPageThatGrowsTooOldIsCut(t *testing.T) {
+	b := newBooks(t)
+	ids := b.capture(t, many(60)...)
+	leaveUnresolved(t, b, ids[3], ids[30], ids[59])
+	c := newClock()
+	fences := 0
+	a := newAPI(t, nil)
+	o := options(t, b, a.URL)
+	o.Clock, o.Rate, o.Concurrency = c, 5, 2
+	o.Fence = passer(func(context.Context) error { fences++; return nil })
+	report := mustRun(t, o)
+	require.Equal(t, int64(60), report.Processed)
+	require.Len(t, a.times(), 60)
+	require.Len(t, a.seen(), 60)
+	require.GreaterOrEqual(t, fences, 5, "12 s of sending, 2 s a page")
+	require.Equal(t, ids[59].String(), a.seen()[59].id, "an unresolved one goes with its own page")
+	require.NotContains(t, c.slept(), time.Second, "one pass was enough")
 }
 
 func TestLimitIsOfRequestsAndLeftIsOfThem(t *testing.T) {
@@ -613,13 +624,7 @@ func TestACutRunDoesNotWaitForTheAPI(t *testing.T) {
 func TestAnUnresolvedOneIsSentAlone(t *testing.T) {
 	b := newBooks(t)
 	ids := b.capture(t, many(9)...)
-	run, lease, _, err := b.OpenRun(t.Context(), ledger.Filter{IDs: ids[:1]}, "", "the dead", time.Second)
-	require.NoError(t, err)
-	_, err = b.Begin(t.Context(), lease, ids[:1], ledger.BeginOptions{Lease: time.Second, MaxAttempts: 3})
-	require.NoError(t, err)
-	require.NoError(t, b.CancelRun(t.Context(), run.ID))
-	b.later(time.Hour)
-
+	leaveUnresolved(t, b, ids[0])
 	var before map[capture.State]int64
 	a := newAPI(t, func(_ http.ResponseWriter, r *http.Request, _ int) {
 		if r.Header.Get(capture.HTTPHeaderID) == ids[0].String() {
@@ -633,6 +638,20 @@ func TestAnUnresolvedOneIsSentAlone(t *testing.T) {
 	require.Equal(t, ids[0].String(), seen[8].id)
 	require.Equal(t, "3", seen[8].attempt)
 	require.Equal(t, int64(8), before[capture.StateProcessed], "the others had ended, and their results were written")
+}
+
+// leaveUnresolved does what a process does that dies with requests in flight.
+func leaveUnresolved(t *testing.T, b *books, ids ...uuid.UUID) {
+	t.Helper()
+	run, lease, _, err := b.OpenRun(t.Context(), ledger.Filter{IDs: ids}, "", "the dead", time.Second)
+	require.NoError(t, err)
+	begun, err := b.Begin(t.Context(), lease, ids, ledger.BeginOptions{Lease: time.Second, MaxAttempts: 3})
+	require.NoError(t, err)
+	for _, one := range begun {
+		require.Empty(t, one.Skip)
+	}
+	require.NoError(t, b.CancelRun(t.Context(), run.ID))
+	b.later(time.Hour)
 }
 
 func TestWaitsForWhatIsInItsGrace(t *testing.T) {
