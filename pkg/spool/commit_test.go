@@ -169,26 +169,31 @@ func TestABrokenDiskRefusesAndComesBack(t *testing.T) {
 	data := readAll(t, s)
 	require.Equal(t, "before", data[0])
 	require.Equal(t, "after", data[len(data)-1])
+	require.NoError(t, s.Close())
 	require.Zero(t, fs.count(".tmp"))
 }
 
 func TestManyAppendersRollAndReadAtOnce(t *testing.T) {
 	s := open(t, small(t.TempDir()))
 	const writers, each = 16, 200
+	ctx, cancel := context.WithCancelCause(t.Context())
+	defer cancel(nil)
 	var wg sync.WaitGroup
 	for w := range uint64(writers) {
 		wg.Go(func() {
 			for n := range uint64(each) {
-				_, err := appendOne(s, payload(w<<32|n), n%3 != 0)
-				require.NoError(t, err)
+				if _, err := appendOne(s, payload(w<<32|n), n%3 != 0); err != nil {
+					cancel(err)
+					return
+				}
 			}
 		})
 	}
 	seen := map[uint64]bool{}
 	r := s.NewReader()
 	for index := uint64(1); len(seen) < writers*each; index++ {
-		rec, err := r.Next(t.Context())
-		require.NoError(t, err)
+		rec, err := r.Next(ctx)
+		require.NoError(t, err, "%v", context.Cause(ctx))
 		require.Equal(t, index, rec.Position.Index)
 		seen[payloadID(t, rec.Data)] = true
 		if index%5 == 0 {

@@ -208,6 +208,7 @@ func powerRound(t *testing.T, seed uint64) {
 					require.Equal(t, n, got)
 				}
 			}
+			known = found // also what came back although it was released
 			require.NoError(t, again.Close())
 		}
 		fs = fs.crash(true)

@@ -298,6 +298,13 @@ func (s *Spool) load(seq uint64, gen int) (_ *loaded, err error) {
 			l.sealed = true
 			return l, nil
 		}
+		// Each index lost has taken a record's bytes, so gaps are small.
+		if l.records > 0 && (rec.index <= l.last() || rec.index-l.last() > uint64(l.size/recordHeader)) {
+			l.bad = "its records are out of order"
+			l.holes = append(l.holes, hole{rec.off, l.records})
+			l.end = rec.off
+			return l, nil
+		}
 		l.records++
 		l.note(rec.index, rec.off, rec.at)
 	}
