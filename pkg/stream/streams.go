@@ -26,10 +26,10 @@ const (
 	// this is for an API that sends one and tries again at once.
 	duplicates = 5 * time.Second
 	// ackWait is how long the server waits for an acknowledgement before it
-	// sends a message again. A commit takes milliseconds, and a longer one says
-	// that it is in progress; so this is how long what a killed process had in
-	// hand stays untouched.
-	ackWait = time.Minute
+	// sends a message again: how long what a killed process had in hand stays
+	// untouched, and a replay waits for it. A commit takes milliseconds; a longer
+	// one says that it is in progress at a third of this.
+	ackWait = 10 * time.Second
 	// maxAckPending bounds what is delivered and not acknowledged, over all
 	// processes that share a consumer: room for ten of them with four batches of
 	// 500 each.
