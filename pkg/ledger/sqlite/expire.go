@@ -2,7 +2,6 @@ package sqlite
 
 import (
 	"context"
-	"database/sql"
 	"time"
 
 	"github.com/google/uuid"
@@ -26,7 +25,11 @@ func (s *Store) Expire(ctx context.Context, r ledger.Retention, limit int) (dele
 	if err != nil {
 		return 0, false, err
 	}
-	return deleted, more, s.shrink(ctx)
+	if err := s.shrink(ctx); err != nil && ctx.Err() == nil {
+		// What was to be deleted is deleted; the next call tries again.
+		s.log.Warn("ledger file not shrunk", "err", err)
+	}
+	return deleted, more, nil
 }
 
 // expiry is one call of Expire, which may still touch so many requests.
@@ -228,25 +231,54 @@ func (e *expiry) assemblies(r ledger.Retention) error {
 }
 
 // Pages are given back to the file system where so many are free: fewer are
-// used again by the next captures. A call moves a bounded number.
+// used again by the next captures. Moving a page costs a page in the WAL, so
+// that a step is small enough for a disk that is nearly full.
 const (
 	shrinkAbove = 1024
+	shrinkSteps = 8
+	shrinkStep  = "PRAGMA incremental_vacuum(256)"
 )
 
 // shrink gives free pages back, so that the file follows what it holds.
 func (s *Store) shrink(ctx context.Context) error {
-	var free, pages int64
-	err := s.read(ctx, "count free pages", func(q *sql.Tx) error {
-		if err := q.QueryRowContext(ctx, "PRAGMA freelist_count").Scan(&free); err != nil {
+	for range shrinkSteps {
+		var free, pages int64
+		err := s.write(ctx, "shrink", func(t *tx) error {
+			if _, err := t.get([]any{&free}, "PRAGMA freelist_count"); err != nil {
+				return err
+			}
+			if _, err := t.get([]any{&pages}, "PRAGMA page_count"); err != nil {
+				return err
+			}
+			if free <= max(shrinkAbove, pages/10) {
+				free = 0
+				return nil
+			}
+			_, err := t.exec(shrinkStep)
+			return err
+		})
+		if err != nil || free == 0 {
 			return err
 		}
-		return q.QueryRowContext(ctx, "PRAGMA page_count").Scan(&pages)
-	})
-	if err != nil || free <= max(shrinkAbove, pages/10) {
-		return err
+		// The file is cut when the WAL has been written to it.
+		if err := s.checkpoint(ctx); err != nil {
+			return err
+		}
 	}
-	return s.write(ctx, "shrink", func(t *tx) error {
-		_, err := t.exec("PRAGMA incremental_vacuum(2048)")
-		return err
-	})
+	return nil
+}
+
+// checkpoint writes the WAL to the file, as far as readers allow.
+func (s *Store) checkpoint(ctx context.Context) error {
+	select {
+	case <-s.lock:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	defer func() { s.lock <- struct{}{} }()
+	if s.closed.Load() {
+		return errClosed
+	}
+	_, err := s.conn.ExecContext(context.Background(), "PRAGMA wal_checkpoint(PASSIVE)")
+	return classify(err)
 }

@@ -7,6 +7,7 @@ import (
 	"database/sql"
 	"encoding/hex"
 	"fmt"
+	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -71,7 +72,12 @@ func (s *Store) room(items []ledger.Item) error {
 		reserve = min(DefaultReserve, total/8)
 	}
 	// Each byte is written twice: to the WAL, and to the file at a checkpoint.
-	if free-2*need < reserve {
+	// What stands in the WAL may still have to go to the file.
+	var pending int64
+	if wal, err := os.Stat(s.path + "-wal"); err == nil {
+		pending = wal.Size()
+	}
+	if free-pending-2*need < reserve {
 		return fmt.Errorf("%w: %d bytes are free, %d are held back", ledger.ErrFull, free, reserve)
 	}
 	return nil
