@@ -65,18 +65,28 @@ func (t *transaction) readFirst(x *upstream.Exchange, resp *http.Response) ([]by
 // chunked coding, which net/http writes when the handler returns.
 func (t *transaction) stream(x *upstream.Exchange, resp *http.Response, first []byte, verdict capture.Verdict) {
 	t.writeHead(resp)
-	flush := http.NewResponseController(t.w).Flush
+	control := http.NewResponseController(t.w)
+	defer func() { _ = control.SetWriteDeadline(time.Time{}) }()
+	deadline := t.begun.Add(t.rt.policy.Timeout)
 	gone := false
 	write := func(b []byte) {
 		if gone || len(b) == 0 {
 			return
 		}
-		if _, err := t.w.Write(b); err != nil {
-			gone = true // the API's answer is still read, to know how it ended
-			return
+		begun := time.Now()
+		_ = control.SetWriteDeadline(begun.Add(t.h.times.stalled))
+		_, err := t.w.Write(b)
+		if err == nil && resp.ContentLength < 0 {
+			err = control.Flush()
 		}
-		if resp.ContentLength < 0 && flush() != nil {
-			gone = true
+		if err != nil {
+			gone = true // the API's answer is still read, to know how it ended
+		}
+		// The time limit is for the API: one whose client reads slowly has not
+		// failed.
+		if took := time.Since(begun); took > time.Millisecond {
+			deadline = deadline.Add(took)
+			_ = x.Extend(deadline) // a failure shows in the next read
 		}
 	}
 	pending := first
@@ -84,6 +94,9 @@ func (t *transaction) stream(x *upstream.Exchange, resp *http.Response, first []
 	spare := t.b.answer
 	for {
 		n, err := x.Read(next)
+		if n == 0 && err == nil {
+			continue
+		}
 		if err != nil && !errors.Is(err, io.EOF) {
 			t.errText = err.Error()
 			t.outcome(resp.StatusCode, capture.Failed, clip(err.Error()))
@@ -147,7 +160,7 @@ func (t *transaction) writeHead(resp *http.Response) {
 
 func (t *transaction) writeTrailer(resp *http.Response) {
 	for name, values := range resp.Trailer {
-		if !capture.IsOwnHTTPHeader(name) {
+		if _, hop := hopByHop[name]; !hop && !capture.IsOwnHTTPHeader(name) {
 			t.w.Header()[http.TrailerPrefix+name] = values
 		}
 	}
@@ -172,12 +185,13 @@ func (t *transaction) proxyUncaptured() {
 	x, err := t.rt.pool.Begin(t.begun.Add(t.rt.policy.Timeout), t.r.Method, size, nil, head...)
 	if err == nil && size != 0 {
 		if err = t.copyBody(x, size); err != nil {
-			x.Close()
 			var uerr *upstream.Error
 			if !errors.As(err, &uerr) {
+				x.Close()
 				t.clientBroke(err)
 				return
 			}
+			err = x.EarlyAnswer(err)
 		}
 	}
 	t.finish(x, err)
@@ -185,15 +199,16 @@ func (t *transaction) proxyUncaptured() {
 
 // copyBody sends the client's body on as it comes.
 func (t *transaction) copyBody(x *upstream.Exchange, size int64) error {
-	var dst io.Writer = x
+	src := t.clientBody()
+	defer src.done()
+	var dst io.Writer = patient{x, t.rt.policy.Timeout}
 	var coding io.WriteCloser
-	body := io.Reader(t.r.Body)
 	if size < 0 {
-		coding = httputil.NewChunkedWriter(x)
+		coding = httputil.NewChunkedWriter(dst)
 		dst = coding
-		body = http.MaxBytesReader(t.w, t.r.Body, t.rt.maxBody)
+		src.body = http.MaxBytesReader(t.w, t.r.Body, t.rt.maxBody)
 	}
-	_, err := io.Copy(dst, body)
+	_, err := io.Copy(dst, src)
 	if err == nil && coding != nil {
 		if err = coding.Close(); err == nil {
 			_, err = io.WriteString(x, "\r\n")
@@ -201,4 +216,18 @@ func (t *transaction) copyBody(x *upstream.Exchange, size int64) error {
 		x.Sent()
 	}
 	return err
+}
+
+// patient gives the API its whole time again with each part of a body: the time
+// limit is not for a client that uploads slowly.
+type patient struct {
+	x       *upstream.Exchange
+	timeout time.Duration
+}
+
+func (p patient) Write(b []byte) (int, error) {
+	if err := p.x.Extend(time.Now().Add(p.timeout)); err != nil {
+		return 0, err
+	}
+	return p.x.Write(b)
 }

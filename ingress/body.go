@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/holdfast-io/holdfast/pkg/capture"
@@ -18,46 +19,71 @@ import (
 // least CPU per byte, well below the broker's default max_payload of 1 MiB.
 const chunkBytes = 256 << 10
 
+// clientBody reads the client's body, and gives up when nothing comes for too
+// long: a client that falls silent must not hold what it has been given.
+type clientBody struct {
+	body    io.Reader
+	control *http.ResponseController
+	stalled time.Duration
+}
+
+func (t *transaction) clientBody() clientBody {
+	return clientBody{t.r.Body, http.NewResponseController(t.w), t.h.times.stalled}
+}
+
+func (c clientBody) Read(b []byte) (int, error) {
+	if err := c.control.SetReadDeadline(time.Now().Add(c.stalled)); err != nil {
+		return 0, err
+	}
+	return c.body.Read(b)
+}
+
+// done takes the time limit away: the server goes on reading, to notice a client
+// that leaves.
+func (c clientBody) done() { _ = c.control.SetReadDeadline(time.Time{}) }
+
+// growBody is the first size of a buffer for a body of unknown length.
+const growBody = 4 << 10
+
 // readInline reads the body into memory. size is its length, or -1 when it is
-// unknown: then the inline limit and one byte are read at most, and whole says
-// whether that was all.
+// unknown: then no more than the inline limit and one byte are read, and whole
+// says whether that was all.
 func (t *transaction) readInline(size int64) (n int, whole, ok bool) {
-	limit := size
-	if size < 0 {
-		limit = t.h.inline + 1
+	if size == 0 {
+		t.b.body = t.b.body[:0]
+		return 0, true, true
 	}
-	if int64(cap(t.b.body)) < limit {
-		if size < 0 {
-			limit = min(limit, 4<<10) // grown as the body comes
+	src := t.clientBody()
+	defer src.done()
+	if size > 0 {
+		if int64(cap(t.b.body)) < size {
+			t.b.body = make([]byte, size)
 		}
-		t.b.body = make([]byte, 0, limit)
+		t.b.body = t.b.body[:size]
+		if _, err := io.ReadFull(src, t.b.body); err != nil {
+			t.clientBroke(err)
+			return 0, false, false
+		}
+		return int(size), true, true
 	}
+	limit := int(t.h.inline) + 1
 	body := t.b.body[:0]
 	defer func() { t.b.body = body }()
 	for {
-		if size >= 0 && int64(len(body)) == size {
-			return len(body), true, true
-		}
-		if size < 0 && int64(len(body)) > t.h.inline {
-			return len(body), false, true
-		}
 		if len(body) == cap(body) {
-			if !t.hold(int64(cap(body))) {
-				return 0, false, false
-			}
-			body = append(body, 0)[:len(body)]
+			body = slices.Grow(body, growBody)
 		}
-		room := body[len(body):cap(body)]
-		if size >= 0 {
-			room = room[:min(int64(len(room)), size-int64(len(body)))]
-		}
-		m, err := t.r.Body.Read(room)
+		m, err := src.Read(body[len(body):min(cap(body), limit)])
 		body = body[:len(body)+m]
 		switch {
-		case errors.Is(err, io.EOF) && (size < 0 || int64(len(body)) == size):
-			if size < 0 && int64(len(body)) > t.h.inline {
-				return len(body), false, true
-			}
+		case int64(len(body)) > t.rt.maxBody:
+			t.refuse(t.tooLarge())
+			return 0, false, false
+		case !t.hold(int64(m)):
+			return 0, false, false
+		case len(body) == limit:
+			return len(body), false, true
+		case errors.Is(err, io.EOF):
 			return len(body), true, true
 		case err != nil:
 			t.clientBroke(err)
@@ -79,10 +105,12 @@ func (t *transaction) readToFile(n int) (f *os.File, size int64, ok bool) {
 	}
 	size = int64(n)
 	buf := make([]byte, 64<<10)
+	src := t.clientBody()
+	defer src.done()
 	for err == nil {
 		var m int
 		var rerr error
-		m, rerr = t.r.Body.Read(buf)
+		m, rerr = src.Read(buf)
 		if size += int64(m); size > t.rt.maxBody {
 			f.Close()
 			t.refuse(t.tooLarge())
@@ -124,10 +152,14 @@ func (t *transaction) clientBroke(err error) {
 		t.refuse(t.tooLarge())
 		return
 	}
-	// The connection is most likely gone; where only the framing was wrong, the
-	// client learns of it.
-	t.refuse(refusal{status: http.StatusBadRequest, err: errRequestError, detail: "the body did not come whole"})
+	// The connection is most likely gone; where only the framing was wrong, or
+	// the client has fallen silent, it learns of it.
+	status := http.StatusBadRequest
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		status = http.StatusRequestTimeout
+	}
 	t.w.Header().Set("Connection", "close")
+	t.refuse(refusal{status: status, err: errRequestError, detail: "the body did not come whole"})
 }
 
 // serveChunked captures a body above the inline limit while it is forwarded.
@@ -150,6 +182,11 @@ func (t *transaction) serveChunked(body io.Reader, size int64) {
 		}
 	}()
 
+	if t.r.Body != nil && body == io.Reader(t.r.Body) {
+		src := t.clientBody()
+		defer src.done()
+		body = src
+	}
 	buf := make([]byte, chunkBytes)
 	hash := sha256.New()
 	left := size
@@ -176,13 +213,7 @@ func (t *transaction) serveChunked(body io.Reader, size int64) {
 	t.request.SHA256 = hex.EncodeToString(hash.Sum(nil))
 	t.capture(nil)
 	if x != nil && sendErr != nil {
-		// The API may have answered before it had read everything.
-		x.Extend(time.Now().Add(time.Second))
-		if _, err := x.Answer(nil); err == nil {
-			sendErr = nil
-		} else {
-			x.Close()
-		}
+		sendErr = x.EarlyAnswer(sendErr)
 	}
 	t.finish(x, sendErr)
 }
@@ -218,7 +249,7 @@ func (t *transaction) abandon() {
 // waitSynced waits until all records of the capture are durable. Each is asked
 // for: they may lie in segments of which an earlier one failed.
 func (t *transaction) waitSynced() error {
-	ctx, cancel := context.WithTimeout(context.Background(), storeWait)
+	ctx, cancel := context.WithTimeout(context.Background(), t.h.times.store)
 	defer cancel()
 	for _, place := range t.b.places {
 		if err := t.h.spool.WaitSynced(ctx, place); err != nil {

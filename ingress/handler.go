@@ -1,6 +1,7 @@
 package ingress
 
 import (
+	"crypto/tls"
 	"errors"
 	"io"
 	"log/slog"
@@ -27,10 +28,6 @@ const (
 	storedNo     stored = "no"
 )
 
-// storeWait bounds how long an answer is held for the capture's fsync. A disk
-// that takes longer is broken for our purpose, and the client must learn.
-const storeWait = 10 * time.Second
-
 // handler serves clients.
 type handler struct {
 	routes     *routes
@@ -40,6 +37,7 @@ type handler struct {
 	inline     int64
 	bodyDir    string // for bodies of unknown length above the inline limit
 	inflight   *limiter
+	times      timings
 	retryAfter time.Duration
 	accessLog  string
 	log        *slog.Logger
@@ -68,12 +66,13 @@ type transaction struct {
 	now time.Time // of receipt
 
 	res      spool.Reservation
-	captured bool             // the capture is in the spool
-	appended time.Time        // when it was
+	captured bool      // room is reserved, and the capture is in the spool once it is appended
+	appended time.Time // when it was
 	request  capture.Request
 	state    stored
 	begun    time.Time // when forwarding began
 	held     int64     // bytes of h.inflight
+	answered bool      // the head of the API's answer has come
 	code     int       // what the client got, 0: a reset connection
 	errText  string    // for the access log
 }
@@ -110,7 +109,8 @@ func (t *transaction) end() {
 	t.h.inflight.release(t.held)
 	t.h.m.count(t.rt.name, t.r.Method, t.code, t.state)
 	t.log()
-	if cap(t.b.body) <= int(t.h.inline) && cap(t.b.head) <= 64<<10 {
+	// Over HTTP/2 a write that a reset stream ended may still be reading its buffer.
+	if t.r.ProtoMajor == 1 && cap(t.b.body) <= int(t.h.inline)+chunkBytes && cap(t.b.head) <= 64<<10 {
 		t.h.buffers.Put(t.b)
 	}
 }
@@ -134,6 +134,10 @@ func (t *transaction) refuse(rf refusal) {
 // serve admits the request and chooses how its body travels.
 func (t *transaction) serve() {
 	size := t.r.ContentLength
+	if t.r.Method == http.MethodConnect || t.r.URL.Opaque != "" {
+		t.refuse(refusal{status: http.StatusBadRequest, err: errRequestError, detail: "the request's target is neither a path nor a URL"})
+		return
+	}
 	if size > t.rt.maxBody {
 		t.refuse(t.tooLarge())
 		return
@@ -178,7 +182,7 @@ func (t *transaction) tooLarge() refusal {
 
 // hold takes n more bytes of the in-flight limit, or answers 503.
 func (t *transaction) hold(n int64) bool {
-	if !t.h.inflight.acquire(n) {
+	if !t.h.inflight.acquire(t.held, n) {
 		t.refuse(refusal{status: http.StatusServiceUnavailable, err: errProxyInternal, retry: t.h.retryAfter,
 			detail: "too many bytes are in flight"})
 		return false
@@ -193,10 +197,8 @@ func (t *transaction) hold(n int64) bool {
 func (t *transaction) reserve(size int64, chunks int) (proceed bool) {
 	head := t.h.head.append(t.b.head[:0], t.r, t.rt, size)
 	t.b.head = head
-	// The envelopes repeat names and the ordering key (escaped: three bytes for
-	// one at worst); an abandon record may take the outcome's place.
-	envelope := int64(maxEnvelope + 3*len(t.rt.orderKey(t.r.Header)))
-	res, err := t.h.spool.Reserve(chunks+2, int64(len(head))+size+maxOutcome+envelope*int64(chunks+2))
+	// An abandon record may take the outcome's place.
+	res, err := t.h.spool.Reserve(chunks+2, int64(len(head))+size+maxOutcome+maxEnvelope*int64(chunks+2))
 	if err == nil {
 		t.res = res
 		t.captured = true
@@ -224,8 +226,8 @@ func (t *transaction) notStored() refusal {
 // Bounds of what a record holds beside head and body, for the reservation. A
 // test holds the codec to them.
 const (
-	maxEnvelope = 1024
-	maxOutcome  = 2048
+	maxEnvelope = 2048
+	maxOutcome  = 4096
 )
 
 // capture appends the request itself; its chunks are in the spool already.
@@ -248,6 +250,10 @@ func (t *transaction) capture(body []byte) {
 func (t *transaction) storeFailed(err error) {
 	t.captured = false
 	t.state = storedNo
+	t.logStore(err)
+}
+
+func (t *transaction) logStore(err error) {
 	t.h.log.Error("storing a request failed", "request_id", t.id.String(), "err", err)
 }
 
@@ -290,6 +296,7 @@ func (t *transaction) finish(x *upstream.Exchange, err error) {
 	if err == nil {
 		defer x.Close()
 		resp, err = x.Answer(nil)
+		t.answered = err == nil
 	}
 	t.h.m.upstreamDuration.Observe(since(t.begun))
 	t.awaitStored()
@@ -308,7 +315,10 @@ func (t *transaction) awaitStored() {
 	err := t.waitSynced()
 	t.h.m.captureDuration.Observe(since(t.appended))
 	if err != nil {
-		t.storeFailed(err)
+		// What was written may still be read and published: the outcome is worth
+		// an attempt, lest a processed request be sent again.
+		t.state = storedNo
+		t.logStore(err)
 		return
 	}
 	t.state = storedSynced
@@ -334,6 +344,9 @@ func (t *transaction) outcome(status int, verdict capture.Verdict, failure strin
 // noAnswer answers for an API that did not.
 func (t *transaction) noAnswer(err error) {
 	rf := describeFailure(err)
+	if t.answered && rf.err == errConnectionLost {
+		rf.err = errIncomplete
+	}
 	t.errText = err.Error()
 	t.outcome(0, capture.Failed, clip(err.Error()))
 	if t.rt.accept && t.state == storedSynced {
@@ -392,13 +405,16 @@ func (t *transaction) setOwn(h http.Header) {
 func describeFailure(err error) refusal {
 	var uerr *upstream.Error
 	var dns *net.DNSError
+	var cert *tls.CertificateVerificationError
 	switch {
 	case errors.As(err, &uerr) && uerr.Timeout() && uerr.Sent:
 		return refusal{status: http.StatusGatewayTimeout, err: errReadTimeout, detail: "the API did not answer in time"}
 	case errors.As(err, &uerr) && uerr.Timeout():
 		return refusal{status: http.StatusGatewayTimeout, err: errConnectionTimeout, detail: "the API could not be reached in time"}
 	case errors.As(err, &dns):
-		return refusal{status: http.StatusBadGateway, err: "dns_error", detail: "the API's name could not be resolved"}
+		return refusal{status: http.StatusBadGateway, err: errDNS, detail: "the API's name could not be resolved"}
+	case errors.As(err, &cert):
+		return refusal{status: http.StatusBadGateway, err: errCertificate, detail: "the API's certificate is not trusted"}
 	case errors.As(err, &uerr) && !uerr.Sent:
 		return refusal{status: http.StatusBadGateway, err: errConnectionRefused, detail: "the API cannot be reached"}
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):

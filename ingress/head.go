@@ -60,6 +60,15 @@ func connectionTokens(h http.Header) map[string]struct{} {
 	return tokens
 }
 
+// meaning is the name that a CGI-like API takes a name for: to it "_" is "-"
+// (RFC 3875 section 4.1.18).
+func meaning(name string) string {
+	if strings.IndexByte(name, '_') < 0 {
+		return name
+	}
+	return http.CanonicalHeaderKey(strings.ReplaceAll(name, "_", "-"))
+}
+
 // headWriter writes the head of a request as it is captured and forwarded.
 type headWriter struct {
 	trusted service.Prefixes
@@ -73,8 +82,8 @@ func (hw headWriter) append(dst []byte, r *http.Request, rt *route, size int64) 
 	dst = append(dst, originForm(r)...)
 	dst = append(dst, " HTTP/1.1\r\nHost: "...)
 	host := r.Host
-	if rt.host != "" {
-		host = rt.host
+	if rt.host || host == "" { // HTTP/1.0 knows requests without one
+		host = rt.ownHost
 	}
 	dst = append(dst, host...)
 	dst = append(dst, "\r\n"...)
@@ -82,13 +91,14 @@ func (hw headWriter) append(dst []byte, r *http.Request, rt *route, size int64) 
 	trusted := hw.trusted.Contains(remoteAddr(r))
 	tokens := connectionTokens(r.Header)
 	for name, values := range r.Header {
-		if _, ok := hopByHop[name]; ok {
+		meant := meaning(name)
+		if _, ok := hopByHop[meant]; ok {
 			continue
 		}
 		if _, ok := tokens[name]; ok {
 			continue
 		}
-		if _, ok := forwarding[name]; ok && (!trusted || name == "X-Forwarded-For") {
+		if _, ok := forwarding[meant]; ok && (!trusted || meant != name || name == "X-Forwarded-For") {
 			continue
 		}
 		if name == "Via" || capture.IsOwnHTTPHeader(name) {
@@ -117,7 +127,7 @@ func (hw headWriter) appendForwarding(dst []byte, r *http.Request, trusted bool,
 	}
 	dst = append(dst, addr...)
 	dst = append(dst, "\r\n"...)
-	if !trusted || len(r.Header["X-Forwarded-Host"]) == 0 {
+	if r.Host != "" && (!trusted || len(r.Header["X-Forwarded-Host"]) == 0) {
 		dst = appendField(dst, "X-Forwarded-Host", r.Host)
 	}
 	if !trusted || len(r.Header["X-Forwarded-Proto"]) == 0 {

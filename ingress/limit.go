@@ -10,12 +10,12 @@ type limiter struct {
 	used atomic.Int64
 }
 
-// acquire takes n bytes, or reports that there is no room. A single request
-// larger than the limit passes when nothing else is in flight: MAX_BODY_BYTES
-// decides what is too large, not this.
-func (l *limiter) acquire(n int64) bool {
+// acquire takes n bytes for a request that has held some already, or reports that
+// there is no room. A single request larger than the limit passes when nothing
+// else is in flight: MAX_BODY_BYTES decides what is too large, not this.
+func (l *limiter) acquire(held, n int64) bool {
 	now := l.used.Add(n)
-	if now <= l.max || now == n {
+	if now <= l.max || now == held+n {
 		return true
 	}
 	l.used.Add(-n)

@@ -23,6 +23,8 @@ const (
 	errDestinationNotFound proxyError = "destination_not_found"
 	errRequestError        proxyError = "http_request_error"
 	errProxyInternal       proxyError = "proxy_internal_error"
+	errDNS                 proxyError = "dns_error"
+	errCertificate         proxyError = "tls_certificate_error"
 )
 
 // refusal is an answer that the ingress gives itself.

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -26,26 +28,12 @@ const (
 	// stay below the server's queue for one stream and to bound memory.
 	windowRecords = 2048
 	windowBytes   = 16 << 20
-	// ackWait is how long an acknowledgement may take before everything from
-	// that record on is published again. The server answers within milliseconds
-	// unless it, or the connection, has gone.
-	ackWait = 5 * time.Second
 	// idleWait is how long the publisher waits for a record before it looks at
 	// its other duties.
 	idleWait = 200 * time.Millisecond
 	// retryMin and retryMax bound the pause after a refusal that may pass.
 	retryMin = 100 * time.Millisecond
 	retryMax = 5 * time.Second
-	// wordLost is how old a record must be that stays unreleased, while words
-	// for others come, before it is published again: its word, or the message,
-	// was lost.
-	wordLost = 10 * time.Second
-	// republishMin and republishMax bound the intervals, doubled each time, at
-	// which unreleased records are published again while no word comes at all:
-	// most likely the recorder is away and the stream has them, so patience costs
-	// nothing, and repeats would fill the stream.
-	republishMin = time.Minute
-	republishMax = time.Hour
 )
 
 // publisher takes what is in the spool to the streams, in order, and again
@@ -57,28 +45,78 @@ type publisher struct {
 	ingress string
 	log     *slog.Logger
 	m       *metrics
+	times   timings
 	window  window
 
 	// message is used over and over: publishing copies it.
 	message nats.Msg
 	values  [3][1]string
 
-	retry     time.Duration // the last pause
-	republish time.Duration // the next interval without words
-	lastPass  time.Time     // when unreleased records were last published again
+	retry    time.Duration // the last pause
+	looked   time.Time     // when unreleased records were last looked after
+	overdue  [2]overdue    // by kind: captures, completions
+	orphaned []orphan      // still to be abandoned
 }
 
-func newPublisher(nc *nats.Conn, sp *spool.Spool, ingress string, log *slog.Logger) *publisher {
-	p := &publisher{nc: nc, spool: sp, ingress: ingress, log: log, republish: republishMin}
+// timings are the waits of publisher and handler.
+type timings struct {
+	// ackWait is how long an acknowledgement may take before everything from
+	// that record on is published again. The server answers within milliseconds
+	// unless it, or the connection, has gone.
+	ackWait time.Duration
+	// look is how often unreleased records are looked after.
+	look time.Duration
+	// wordLost is how long after a later record of its stream a record may stay
+	// unreleased before it is published again: its word, or the message, was lost.
+	// Consumers that share a stream may be so far apart.
+	wordLost time.Duration
+	// republishMin and republishMax bound the intervals, doubled each time, at
+	// which unreleased records are published again while no word comes at all:
+	// most likely the recorder is away and the stream has them, so patience costs
+	// nothing, and repeats would fill the stream.
+	republishMin, republishMax time.Duration
+	// store bounds how long an answer is held for the capture's fsync. A disk
+	// that takes longer is broken for our purpose, and the client must learn.
+	store time.Duration
+	// stalled bounds how long a client may neither send nor take a byte: lost
+	// packets are sent again many times meanwhile.
+	stalled time.Duration
+	// drain bounds how long a stop waits for the spool to be released, within the
+	// time that the stop has: words come within milliseconds where recorder and
+	// acker are there, and where they are not the spool keeps everything.
+	drain time.Duration
+}
+
+func defaultTimings() timings {
+	return timings{
+		ackWait: 5 * time.Second, look: time.Second, wordLost: 10 * time.Second,
+		republishMin: time.Minute, republishMax: time.Hour,
+		store: 10 * time.Second, stalled: time.Minute, drain: 5 * time.Second,
+	}
+}
+
+// overdue says when records of one stream are published again.
+type overdue struct {
+	wait   time.Duration // the next interval after a pass by evidence
+	after  time.Time     // no such pass before
+	silent time.Duration // the next interval without words
+	since  time.Time     // of which silence is measured
+}
+
+func newPublisher(nc *nats.Conn, sp *spool.Spool, ingress string, log *slog.Logger, t timings) *publisher {
+	p := &publisher{nc: nc, spool: sp, ingress: ingress, log: log, times: t}
 	p.message.Header = nats.Header{}
 	p.window.changed = make(chan struct{}, 1)
+	p.window.done = make(map[spool.Position]struct{})
+	p.window.ackWait = t.ackWait
 	return p
 }
 
 // run publishes until ctx is done or the spool is closed.
 func (p *publisher) run(ctx context.Context) error {
 	inbox := p.nc.NewInbox()
-	p.window.inbox = inbox
+	p.window.inbox, p.window.m = inbox, p.m
+	p.calm(time.Now())
 	sub, err := p.nc.Subscribe(inbox+".>", p.window.acknowledge)
 	if err != nil {
 		return fmt.Errorf("subscribe to acknowledgements: %w", err)
@@ -91,7 +129,7 @@ func (p *publisher) run(ctx context.Context) error {
 	// What was under way when the connection broke gets no acknowledgement.
 	lost := p.nc.StatusChanged(nats.RECONNECTING, nats.DISCONNECTED)
 	defer p.nc.RemoveStatusListener(lost)
-	if err := p.abandonOrphans(ctx); err != nil {
+	if err := p.findOrphans(ctx); err != nil {
 		return p.ended(ctx, err)
 	}
 	reader := p.spool.NewReader()
@@ -106,12 +144,10 @@ func (p *publisher) run(ctx context.Context) error {
 				return p.ended(ctx, err)
 			}
 			p.m.republished.Inc()
-			if from != (spool.Position{}) {
-				reader.Rewind(from)
-			}
+			reader.Rewind(from)
 			continue
 		}
-		if err := p.publishStale(ctx); err != nil {
+		if err := p.lookAfter(ctx); err != nil {
 			return p.ended(ctx, err)
 		}
 		waiting, cancel := ctx, context.CancelFunc(func() {})
@@ -123,7 +159,7 @@ func (p *publisher) run(ctx context.Context) error {
 		cancel()
 		switch {
 		case err == nil:
-			err = p.publish(ctx, rec)
+			_, err = p.publish(ctx, rec)
 		case errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil:
 			continue
 		}
@@ -162,15 +198,20 @@ func (p *publisher) pause(ctx context.Context) error {
 }
 
 // publish sends one record when the window has room for it. Failures that may
-// pass end in the window, whose owner goes back to where they began.
-func (p *publisher) publish(ctx context.Context, rec spool.Record) error {
-	n, ok, err := p.window.add(ctx, rec.Position, len(rec.Data))
-	if err != nil || !ok {
-		return err
+// pass end in the window, whose owner goes back to where they began; ok is false
+// when that must come before anything else is published.
+func (p *publisher) publish(ctx context.Context, rec spool.Record) (ok bool, err error) {
+	n, added, err := p.window.add(ctx, rec.Position, len(rec.Data))
+	if err != nil || added == failed {
+		return false, err
+	}
+	if added == known {
+		return true, nil
 	}
 	msg, err := capture.ParseRecord(rec.Data)
 	if err != nil {
-		return p.aside(n, rec.Position, err.Error())
+		p.aside(n.number, rec.Position, err.Error())
+		return true, nil
 	}
 	p.message.Subject, p.message.Data = msg.Subject, msg.Data
 	p.message.Reply = n.reply
@@ -180,13 +221,12 @@ func (p *publisher) publish(ctx context.Context, rec spool.Record) error {
 	err = p.nc.PublishMsg(&p.message)
 	switch {
 	case err == nil:
-		return nil
 	case errors.Is(err, nats.ErrMaxPayload), errors.Is(err, nats.ErrBadSubject), errors.Is(err, nats.ErrBadHeaderMsg):
-		return p.aside(n, rec.Position, err.Error())
+		p.aside(n.number, rec.Position, err.Error())
 	default:
 		p.window.fail(n.number)
-		return nil
 	}
+	return true, nil
 }
 
 func (p *publisher) header(i int, name, value string) {
@@ -200,114 +240,166 @@ func (p *publisher) header(i int, name, value string) {
 
 // aside keeps a record that no broker will ever take, so that it blocks
 // nothing behind it.
-func (p *publisher) aside(n inflight, at spool.Position, reason string) error {
+func (p *publisher) aside(number uint64, at spool.Position, reason string) {
 	p.m.publishError.WithLabelValues("aside").Inc()
 	p.log.Error("a spool record was set aside", "start", at.Start.String(), "index", at.Index, "err", reason)
 	if err := p.spool.SetAside(at, reason); err != nil && !errors.Is(err, spool.ErrUnknown) {
 		// It stays in the spool, unreleased and visible, and is tried again later.
 		p.log.Error("setting a spool record aside failed", "start", at.Start.String(), "index", at.Index, "err", err)
 	}
-	p.window.settle(n.number)
-	return nil
+	p.window.settle(number)
 }
 
-// publishStale publishes again what stays unreleased for too long.
-func (p *publisher) publishStale(ctx context.Context) error {
-	for _, refused := range p.window.takeRefused() {
-		if err := p.aside(inflight{number: refused.number}, refused.position, refused.reason); err != nil {
-			return err
-		}
+// calm begins all waiting for words anew: nothing is unreleased.
+func (p *publisher) calm(now time.Time) {
+	for k := range p.overdue {
+		p.overdue[k] = overdue{wait: p.times.wordLost, silent: p.times.republishMin, since: now}
 	}
-	if time.Since(p.lastPass) < time.Second {
-		return nil
+}
+
+// lookAfter sets aside what was refused, and publishes again what stays
+// unreleased for too long. There are two reasons to think that a record, or its
+// word, was lost: a later one of its stream was released long ago, or no word
+// has come for its stream for longer still. A consumer that is merely behind
+// gives neither, and repeats would put it further behind.
+func (p *publisher) lookAfter(ctx context.Context) error {
+	for _, r := range p.window.takeRefused() {
+		p.aside(r.number, r.position, r.reason)
 	}
-	stats := p.spool.Stats()
 	now := time.Now()
-	if stats.OldestUnreleased.IsZero() {
-		p.republish, p.lastPass = republishMin, now
+	if now.Sub(p.looked) < p.times.look {
 		return nil
 	}
-	age := now.Sub(stats.OldestUnreleased)
-	wordAge := now.Sub(p.window.lastWord())
-	switch {
-	case age < wordLost, now.Sub(p.lastPass) < wordLost:
+	p.looked = now
+	p.abandonOrphans()
+	oldest, at, ok := p.spool.Oldest()
+	if !ok {
+		p.calm(now)
 		return nil
-	case wordAge < wordLost:
-		p.republish = republishMin
-	case age < p.republish || now.Sub(p.lastPass) < p.republish:
-		return nil
-	default:
-		p.republish = min(2*p.republish, republishMax)
 	}
-	p.lastPass = now
-	p.m.republished.Inc()
-	p.log.Warn("publishing unreleased records again", "unreleased", stats.Unreleased, "oldest", stats.OldestUnreleased)
-	return p.pass(ctx, now.Add(-wordLost), p.publish)
-}
-
-// pass hands every unreleased record appended before t to f.
-func (p *publisher) pass(ctx context.Context, t time.Time, f func(context.Context, spool.Record) error) error {
-	reader := p.spool.UnreleasedBefore(t)
-	for {
-		rec, err := reader.Next(ctx)
-		if errors.Is(err, io.EOF) {
-			return nil
+	for k := range p.overdue {
+		o := &p.overdue[k]
+		mark, heard := p.window.evidence(k)
+		if heard.After(o.since) {
+			o.since, o.silent = heard, p.times.republishMin
 		}
-		if err == nil {
-			err = f(ctx, rec)
+		reader := p.spool.UnreleasedBefore(now.Add(-p.times.wordLost))
+		switch {
+		case mark.at.IsZero() || now.Sub(mark.at) < p.times.wordLost:
+			if now.Sub(o.since) < o.silent || now.Sub(at) < o.silent {
+				continue
+			}
+			o.since, o.silent = now, min(2*o.silent, p.times.republishMax)
+		case oldest.Start == mark.position.Start && oldest.Index > mark.position.Index:
+			o.wait = p.times.wordLost
+			p.window.forget(k)
+			continue
+		case now.Before(o.after):
+			continue
+		default:
+			// Each pass reads all that is unreleased before the mark, though it may
+			// be of the other stream.
+			o.after, o.wait = now.Add(o.wait), min(2*o.wait, p.times.republishMax)
+			p.window.forget(k)
+			reader.Until(mark.position)
 		}
+		n, err := p.pass(ctx, reader, func(rec spool.Record) (bool, error) {
+			if msg, err := capture.ParseRecord(rec.Data); err == nil && kind(isCompletion(msg)) != k {
+				return true, nil
+			}
+			return p.publish(ctx, rec)
+		})
 		if err != nil {
 			return err
 		}
+		if n > 0 {
+			p.m.republished.Inc()
+			p.log.Warn("published unreleased records again", "records", n, "oldest", at)
+		}
+	}
+	return nil
+}
+
+// kind is the place of a stream's records in arrays.
+func kind(completion bool) int {
+	if completion {
+		return 1
+	}
+	return 0
+}
+
+// pass hands records to f until there are no more, or f says so, and counts.
+func (p *publisher) pass(ctx context.Context, reader *spool.Reader, f func(spool.Record) (bool, error)) (n int, err error) {
+	for {
+		rec, err := reader.Next(ctx)
+		if errors.Is(err, io.EOF) {
+			return n, nil
+		}
+		if err != nil {
+			return n, err
+		}
+		ok, err := f(rec)
+		if err != nil || !ok {
+			return n, err
+		}
+		n++
 	}
 }
 
-// abandonOrphans writes an abandon record for every body of an earlier start
-// that has chunks and no head in the spool: the process was killed before it
-// had read it all. Where a head did reach the ledger, the record changes
-// nothing there.
-func (p *publisher) abandonOrphans(ctx context.Context) error {
-	type chunk struct {
-		route, ingress, method string
-	}
-	orphans := make(map[uuid.UUID]chunk)
+// orphan is a body without head.
+type orphan struct {
+	capture.Abandon
+	method string
+}
+
+// findOrphans looks for bodies of an earlier start that have chunks and no head
+// in the spool: the process was killed before it had read them whole. Where a
+// head did reach the ledger, abandoning changes nothing there.
+func (p *publisher) findOrphans(ctx context.Context) error {
+	found := make(map[uuid.UUID]orphan)
 	var decoder capture.Decoder
 	own := p.spool.Start()
-	err := p.pass(ctx, time.Now(), func(_ context.Context, rec spool.Record) error {
+	_, err := p.pass(ctx, p.spool.UnreleasedBefore(time.Now()), func(rec spool.Record) (bool, error) {
 		if rec.Position.Start == own {
-			return nil
+			return true, nil
 		}
 		msg, err := capture.ParseRecord(rec.Data)
 		if err != nil || msg.Capture == "" {
-			return nil // whoever publishes it deals with it
+			return true, nil // whoever publishes it deals with it
 		}
 		c, err := decoder.Decode(msg.Subject, capture.Header{capture.HeaderID: {msg.ID}, capture.HeaderCapture: {msg.Capture}}, msg.Data)
 		switch {
 		case err != nil:
 		case c.Chunk != nil:
-			orphans[c.Chunk.ID] = chunk{c.Chunk.Route, c.Chunk.Ingress, msg.Subject[strings.LastIndexByte(msg.Subject, '.')+1:]}
+			method := msg.Subject[strings.LastIndexByte(msg.Subject, '.')+1:]
+			found[c.Chunk.ID] = orphan{capture.Abandon{ID: c.Chunk.ID, Route: c.Chunk.Route, Ingress: c.Chunk.Ingress}, method}
 		default:
-			delete(orphans, c.ID())
+			delete(found, c.ID())
 		}
-		return nil
+		return true, nil
 	})
-	if err != nil {
-		return err
-	}
-	for id, c := range orphans {
-		a := capture.Abandon{ID: id, Route: c.route, Ingress: c.ingress}
-		record := a.Message(c.method).AppendEnvelope(nil)
+	p.orphaned = slices.Collect(maps.Values(found))
+	return err
+}
+
+// abandonOrphans writes an abandon record for each orphan. In a full spool they
+// wait: it is publishing that makes room.
+func (p *publisher) abandonOrphans() {
+	for len(p.orphaned) > 0 {
+		o := p.orphaned[0]
+		record := o.Message(o.method).AppendEnvelope(nil)
 		res, err := p.spool.Reserve(1, int64(len(record)))
 		if err == nil {
 			_, err = res.AppendWritten(record)
 			res.Release()
 		}
 		if err != nil {
-			return fmt.Errorf("abandon chunks without head: %w", err)
+			p.log.Debug("chunks without head are not abandoned yet", "request_id", o.ID.String(), "err", err)
+			return
 		}
-		p.log.Info("chunks of an unfinished body were abandoned", "request_id", id.String())
+		p.log.Info("chunks of an unfinished body were abandoned", "request_id", o.ID.String())
+		p.orphaned = p.orphaned[1:]
 	}
-	return nil
 }
 
 // inflight names one published record: its number, and the subject on which
@@ -322,6 +414,8 @@ type inflight struct {
 type window struct {
 	inbox   string
 	changed chan struct{} // something was settled or failed; room for one
+	ackWait time.Duration
+	m       *metrics
 
 	mu      sync.Mutex
 	entries [windowRecords]entry // by number modulo its length
@@ -329,10 +423,33 @@ type window struct {
 	next    uint64
 	bytes   int
 	failed  bool
+	back    spool.Position // where to go back to, once failed
 	refused []refused
-	word    time.Time
-	settled uint64 // how many were acknowledged since takeProgress
+	moved   bool // the oldest was acknowledged since the last failure
+
+	// done holds what was acknowledged behind the record that made the publisher
+	// go back: a stream that has room must not get it again while another is full.
+	done map[spool.Position]struct{}
+
+	marks [2]mark      // by kind
+	words [2]time.Time // when the last word came
 }
+
+// mark is a record that was released, and when that became known. All that
+// were published before it should be released soon.
+type mark struct {
+	position spool.Position
+	at       time.Time
+}
+
+// added is what became of a record that was to enter the window.
+type added int
+
+const (
+	entered added = iota
+	known         // it is acknowledged already, and not to be published
+	failed        // the publisher must go back first, and read it again
+)
 
 type entry struct {
 	position spool.Position
@@ -347,29 +464,34 @@ type refused struct {
 	reason   string
 }
 
-// add waits for room and takes the next number. ok is false when something
-// failed meanwhile: the record must be read again.
-func (w *window) add(ctx context.Context, at spool.Position, bytes int) (n inflight, ok bool, err error) {
+// add waits for room and takes the next number.
+func (w *window) add(ctx context.Context, at spool.Position, bytes int) (inflight, added, error) {
 	for {
 		w.mu.Lock()
 		switch {
 		case w.failed:
 			w.mu.Unlock()
-			return inflight{}, false, nil
+			return inflight{}, failed, nil
 		case w.next-w.first < windowRecords && (w.bytes+bytes <= windowBytes || w.next == w.first):
 			n := w.next
-			w.entries[n%windowRecords] = entry{position: at, bytes: bytes, at: time.Now()}
 			w.next++
+			if _, ok := w.done[at]; ok {
+				delete(w.done, at)
+				w.entries[n%windowRecords] = entry{position: at, at: time.Now(), settled: true}
+				w.shrink()
+				w.mu.Unlock()
+				return inflight{}, known, nil
+			}
+			w.entries[n%windowRecords] = entry{position: at, bytes: bytes, at: time.Now()}
 			w.bytes += bytes
 			w.mu.Unlock()
-			return inflight{number: n, reply: w.inbox + "." + strconv.FormatUint(n, 36)}, true, nil
+			return inflight{number: n, reply: w.inbox + "." + strconv.FormatUint(n, 36)}, entered, nil
 		}
-		late := ackWait - time.Since(w.entries[w.first%windowRecords].at)
+		late := w.ackWait - time.Since(w.entries[w.first%windowRecords].at)
 		if late <= 0 {
-			// The record that waits is lost to this reader unless it goes back to it.
-			w.failed = true
+			w.goBack()
 			w.mu.Unlock()
-			return inflight{}, false, nil
+			return inflight{}, failed, nil
 		}
 		w.mu.Unlock()
 		timer := time.NewTimer(late)
@@ -378,10 +500,20 @@ func (w *window) add(ctx context.Context, at spool.Position, bytes int) (n infli
 		case <-timer.C:
 		case <-ctx.Done():
 			timer.Stop()
-			return inflight{}, false, ctx.Err()
+			return inflight{}, failed, ctx.Err()
 		}
 		timer.Stop()
 	}
+}
+
+// goBack notes where the publisher must go back to. mu is held, and the window
+// is not empty. The place is kept even if all of it is acknowledged meanwhile:
+// what was read behind it may not have been published.
+func (w *window) goBack() {
+	if !w.failed {
+		w.failed, w.back = true, w.entries[w.first%windowRecords].position
+	}
+	w.signal()
 }
 
 // acknowledge takes the server's word about one record.
@@ -391,6 +523,7 @@ func (w *window) acknowledge(m *nats.Msg) {
 		return
 	}
 	if m.Header == nil && !bytes.Contains(m.Data, []byte(`"error"`)) {
+		w.m.published.Inc()
 		w.settle(n)
 		return
 	}
@@ -402,6 +535,7 @@ func (w *window) acknowledge(m *nats.Msg) {
 		} `json:"error"`
 	}
 	if json.Unmarshal(m.Data, &answer) != nil || answer.Error == nil || !refusedForGood(answer.Error.ErrCode) {
+		w.m.publishError.WithLabelValues("retry").Inc()
 		w.fail(n) // no responders, no room, too many at once: it may pass
 		return
 	}
@@ -422,20 +556,21 @@ func refusedForGood(code int) bool {
 func (w *window) settle(n uint64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.settleLocked(n)
-}
-
-func (w *window) settleLocked(n uint64) {
 	if n < w.first || n >= w.next {
 		return
 	}
 	w.entries[n%windowRecords].settled = true
-	w.settled++
+	w.moved = w.moved || n == w.first
+	w.shrink()
+	w.signal()
+}
+
+// shrink moves the window behind what is settled at its begin. mu is held.
+func (w *window) shrink() {
 	for w.first < w.next && w.entries[w.first%windowRecords].settled {
 		w.bytes -= w.entries[w.first%windowRecords].bytes
 		w.first++
 	}
-	w.signal()
 }
 
 func (w *window) signal() {
@@ -450,8 +585,7 @@ func (w *window) fail(n uint64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if n >= w.first && n < w.next {
-		w.failed = true
-		w.signal()
+		w.goBack()
 	}
 }
 
@@ -459,16 +593,19 @@ func (w *window) fail(n uint64) {
 func (w *window) failAll() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.failed = w.next > w.first
+	if w.next > w.first {
+		w.goBack()
+	}
 }
 
-// takeProgress reports whether anything was acknowledged since the last call.
+// takeProgress reports whether the oldest record was acknowledged since the
+// last call.
 func (w *window) takeProgress() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	progress := w.settled > 0
-	w.settled = 0
-	return progress
+	moved := w.moved
+	w.moved = false
+	return moved
 }
 
 func (w *window) refuse(n uint64, reason string) {
@@ -493,18 +630,22 @@ func (w *window) takeRefused() []refused {
 func (w *window) failure() (again bool, from spool.Position) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	oldest := w.entries[w.first%windowRecords]
-	if w.next > w.first && time.Since(oldest.at) > ackWait {
-		w.failed = true
+	if w.next > w.first && time.Since(w.entries[w.first%windowRecords].at) > w.ackWait {
+		w.goBack()
 	}
 	if !w.failed {
 		return false, spool.Position{}
 	}
-	if w.next > w.first {
-		from = oldest.position
+	if len(w.done) > windowRecords {
+		clear(w.done) // of released records, which nobody reads again
+	}
+	for n := w.first; n < w.next; n++ {
+		if e := w.entries[n%windowRecords]; e.settled {
+			w.done[e.position] = struct{}{}
+		}
 	}
 	w.first, w.bytes, w.failed, w.refused = w.next, 0, false, nil
-	return true, from
+	return true, w.back
 }
 
 // pending is how many records wait for an acknowledgement.
@@ -514,15 +655,28 @@ func (w *window) pending() float64 {
 	return float64(w.next - w.first)
 }
 
-// heard notes that a word has come.
-func (w *window) heard() {
+// heard notes that a word has released a record of this start.
+func (w *window) heard(at spool.Position, completion bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.word = time.Now()
+	k, now := kind(completion), time.Now()
+	w.words[k] = now
+	if w.marks[k].at.IsZero() {
+		w.marks[k] = mark{at, now}
+	}
 }
 
-func (w *window) lastWord() time.Time {
+// evidence gives the mark of a kind, zero where there is none, and when the last
+// word came for it.
+func (w *window) evidence(kind int) (mark, time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.word
+	return w.marks[kind], w.words[kind]
+}
+
+// forget lets the next word make the mark.
+func (w *window) forget(kind int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.marks[kind] = mark{}
 }

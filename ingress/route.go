@@ -1,8 +1,10 @@
 package ingress
 
 import (
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/hex"
 	"fmt"
 	"net/http"
 	"os"
@@ -31,7 +33,8 @@ type route struct {
 	accept  bool   // on_failure: accept
 	orderBy string // name of the header that holds the ordering key, empty: none
 	maxBody int64
-	host    string // what the API sees as Host, empty: the client's
+	host    bool   // the API sees its own Host, not the client's
+	ownHost string // the API's own
 	pool    *upstream.Pool
 }
 
@@ -45,8 +48,18 @@ func (rt *route) orderKey(h http.Header) string {
 	if rt.orderBy == "" {
 		return ""
 	}
-	return strings.Join(h[rt.orderBy], ",")
+	key := strings.Join(h[rt.orderBy], ",")
+	if len(key) > maxOrderKey {
+		sum := sha256.Sum256([]byte(key))
+		return "sha256:" + hex.EncodeToString(sum[:])
+	}
+	return key
 }
+
+// maxOrderKey bounds an ordering key: what is longer travels as its digest, for
+// a client must not be able to make a message that no broker takes. Only
+// equality counts.
+const maxOrderKey = 256
 
 // routes finds the route of a request.
 type routes struct {
@@ -66,6 +79,9 @@ func newRoutes(s *Settings) (*routes, error) {
 	if err != nil {
 		return nil, err
 	}
+	if p := s.UpstreamURL.Path; p != "" && p != "/" {
+		return nil, fmt.Errorf("HOLDFAST_UPSTREAM_URL: the path %s is not allowed, requests keep the path that the client sent", p)
+	}
 	pool, err := upstream.New(upstream.Options{URL: &s.UpstreamURL.URL, TLS: cfg})
 	if err != nil {
 		return nil, err
@@ -81,10 +97,9 @@ func newRoutes(s *Settings) (*routes, error) {
 		accept:  s.OnFailure == "accept",
 		orderBy: http.CanonicalHeaderKey(strings.TrimPrefix(s.OrderBy, "header:")),
 		maxBody: int64(s.MaxBodyBytes),
+		host:    !s.PreserveHost,
+		ownHost: s.UpstreamURL.Host,
 		pool:    pool,
-	}
-	if !s.PreserveHost {
-		rt.host = s.UpstreamURL.Host
 	}
 	return &routes{def: rt}, nil
 }

@@ -2,11 +2,13 @@ package ingress
 
 import (
 	"context"
+	"crypto/tls"
 	"fmt"
 	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -32,18 +34,26 @@ type Options struct {
 	Logger   *slog.Logger
 	Registry prometheus.Registerer
 	Ready    *service.Readiness
+
+	fs    spool.FS // the operating system's by default
+	times *timings // defaultTimings by default
 }
 
 // Service is the ingress. It is a [service.Component].
 type Service struct {
-	group  *service.Group
-	server *service.Server
+	group   *service.Group
+	server  *service.Server
+	handler *handler
+	ran     atomic.Bool
 }
 
-// drainWait bounds how long a stop waits for the spool to be released, within
-// the time that the stop has: words come within milliseconds where recorder and
-// acker are there, and where they are not the spool keeps everything.
-const drainWait = 5 * time.Second
+// stopWait bounds a stop that follows a failure: what a drain may take, and as
+// long for requests under way.
+const stopWait = 10 * time.Second
+
+// readyEvery is how often the spool is asked whether it takes requests: a probe
+// that is older misleads no balancer, which asks every few seconds.
+const readyEvery = time.Second
 
 // New opens the spool and binds the address. After an error nothing is left
 // open. A Service that is not run must be stopped.
@@ -55,20 +65,27 @@ func New(o Options) (_ *Service, err error) {
 	if !capture.ValidIngress(s.IngressID) {
 		return nil, fmt.Errorf("HOLDFAST_INGRESS_ID %q: letters, digits, - and _, at most 64", s.IngressID)
 	}
-	group := service.NewGroup(o.Logger, drainWait)
+	times := defaultTimings()
+	if o.times != nil {
+		times = *o.times
+	}
+	group := service.NewGroup(o.Logger, stopWait)
 	defer func() {
 		if err != nil {
 			_ = group.Stop(context.Background())
 		}
 	}()
+	cert, err := serverTLS(s.TLSCertFile, s.TLSKeyFile)
+	if err != nil {
+		return nil, err
+	}
 	routes, err := newRoutes(s)
 	if err != nil {
 		return nil, err
 	}
 	group.OnStop("connections to the API", func(context.Context) error { routes.close(); return nil })
-	dir := s.SpoolDir
 	sp, err := spool.Open(spool.Options{
-		Dir: filepath.Join(dir), MaxBytes: int64(s.SpoolMaxBytes), Salvage: s.SpoolSalvage, Logger: o.Logger,
+		Dir: s.SpoolDir, MaxBytes: int64(s.SpoolMaxBytes), Salvage: s.SpoolSalvage, Logger: o.Logger, FS: o.fs,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open the spool: %w", err)
@@ -80,14 +97,14 @@ func New(o Options) (_ *Service, err error) {
 	}
 
 	inflight := &limiter{max: int64(s.MaxInflightBytes)}
-	pub := newPublisher(o.Conn, sp, s.IngressID, o.Logger)
+	pub := newPublisher(o.Conn, sp, s.IngressID, o.Logger, times)
 	m := newMetrics(o.Registry, sp, inflight, func() float64 { return float64(routes.def.pool.Conns()) }, pub.window.pending)
 	pub.m = m
 	w := &words{nc: o.Conn, spool: sp, ingress: s.IngressID, log: o.Logger, heard: pub.window.heard}
 	h := &handler{
 		routes: routes, head: headWriter{trusted: s.TrustedProxies}, spool: sp, ingress: s.IngressID,
 		inline: int64(s.InlineBytes), bodyDir: bodies, inflight: inflight,
-		retryAfter: s.RetryAfter, accessLog: s.AccessLog, log: o.Logger, m: m,
+		times: times, retryAfter: s.RetryAfter, accessLog: s.AccessLog, log: o.Logger, m: m,
 	}
 	server, err := service.Listen("ingress", s.IngressAddr, h, o.Logger)
 	if err != nil {
@@ -97,33 +114,79 @@ func New(o Options) (_ *Service, err error) {
 	// timeout bounds; bodies as long as a slow line needs.
 	server.HTTP.ReadTimeout, server.HTTP.WriteTimeout = 0, 0
 	// One message to the broker holds head and inline body: 1 MiB at most.
-	server.HTTP.MaxHeaderBytes = 64 << 10
+	server.HTTP.MaxHeaderBytes = maxHead
+	// OPTIONS * is the API's, like every other target.
+	server.HTTP.DisableGeneralOptionsHandler = true
+	server.TLS = cert
+	svc := &Service{group: group, server: server, handler: h}
 
 	// The stack: clients first, then what the spool still holds goes out, then
-	// the publisher, and the spool last.
+	// the publisher, then the last heartbeat, and the spool last.
+	group.OnStop("goodbye", func(context.Context) error {
+		w.beat(true)
+		_ = o.Conn.FlushTimeout(time.Second) // a goodbye that is lost costs a replay a question
+		return nil
+	})
 	group.Add("words", service.NewLoop(w.run))
 	group.Add("publisher", service.NewLoop(pub.run))
-	group.OnStop("drain", func(ctx context.Context) error { drain(ctx, sp, w); return nil })
-	group.Add("http", server)
-	ready := o.Ready.Flag("ingress", "not started")
-	group.Add("readiness", service.NewLoop(func(ctx context.Context) error {
-		ready.Ready()
-		<-ctx.Done()
-		ready.NotReady("stopping")
+	group.OnStop("drain", func(ctx context.Context) error {
+		if svc.ran.Load() {
+			drain(ctx, sp, o.Logger, times.drain)
+		}
 		return nil
+	})
+	group.Add("http", server)
+	started := o.Ready.Flag("ingress", "not started")
+	room := o.Ready.Flag("spool", "not started")
+	group.Add("readiness", service.NewLoop(func(ctx context.Context) error {
+		defer started.NotReady("stopping")
+		started.Ready()
+		tick := time.NewTicker(readyEvery)
+		defer tick.Stop()
+		for {
+			if err := h.ready(); err != nil {
+				room.NotReady(err.Error())
+			} else {
+				room.Ready()
+			}
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
+				return nil
+			}
+		}
 	}))
-	o.Ready.Check("spool", func() error { return spoolReady(sp) })
-	return &Service{group: group, server: server}, nil
+	return svc, nil
 }
 
-// spoolReady refuses traffic for a spool that cannot take any.
-func spoolReady(sp *spool.Spool) error {
-	res, err := sp.Reserve(1, 1)
+// maxHead bounds a request's head. One message to the broker holds head and
+// inline body: 1 MiB at most, with room for what the gateway adds.
+const maxHead = 64 << 10
+
+// ready refuses traffic for a spool that has no room for a plain request, where
+// requests must be stored.
+func (h *handler) ready() error {
+	if h.routes.def.mode != captureRequired {
+		return nil
+	}
+	res, err := h.spool.Reserve(2, h.inline+maxHead)
 	if err != nil {
 		return err
 	}
 	res.Release()
 	return nil
+}
+
+// serverTLS is the certificate that clients see, nil for plain HTTP.
+func serverTLS(certFile, keyFile string) (*tls.Config, error) {
+	if certFile == "" {
+		return nil, nil
+	}
+	cert, err := tls.LoadX509KeyPair(certFile, keyFile)
+	if err != nil {
+		return nil, fmt.Errorf("HOLDFAST_TLS_CERT_FILE and HOLDFAST_TLS_KEY_FILE: %w", err)
+	}
+	return &tls.Config{Certificates: []tls.Certificate{cert}}, nil
 }
 
 // bodyDir is where bodies of unknown length are kept while they are read.
@@ -136,10 +199,9 @@ func bodyDir(dataDir string) (string, error) {
 	return dir, nil
 }
 
-// drain waits, for a bounded time, until everything in the spool is released,
-// and says goodbye.
-func drain(ctx context.Context, sp *spool.Spool, w *words) {
-	ctx, cancel := context.WithTimeout(ctx, drainWait)
+// drain waits, for a bounded time, until everything in the spool is released.
+func drain(ctx context.Context, sp *spool.Spool, log *slog.Logger, most time.Duration) {
+	ctx, cancel := context.WithTimeout(ctx, most)
 	defer cancel()
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
@@ -147,19 +209,20 @@ func drain(ctx context.Context, sp *spool.Spool, w *words) {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			w.log.Info("stopping with records in the spool; the next start publishes them", "unreleased", sp.Stats().Unreleased)
+			log.Info("stopping with records in the spool; the next start publishes them", "unreleased", sp.Stats().Unreleased)
 			return
 		}
 	}
-	w.beat(true)
-	_ = w.nc.FlushTimeout(time.Second) // a goodbye that is lost costs a replay a question
 }
 
 // Addr is where clients are served.
 func (s *Service) Addr() net.Addr { return s.server.Addr() }
 
 // Run serves until Stop, or until ctx is done.
-func (s *Service) Run(ctx context.Context) error { return s.group.Run(ctx) }
+func (s *Service) Run(ctx context.Context) error {
+	s.ran.Store(true)
+	return s.group.Run(ctx)
+}
 
 // Stop takes no new requests, finishes those under way, waits a little for the
 // spool to be released, and closes it.

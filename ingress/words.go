@@ -24,8 +24,17 @@ type words struct {
 	spool   *spool.Spool
 	ingress string
 	log     *slog.Logger
-	heard   func() // called after each word that named this start or an earlier one
+	// heard is told of the last record of this start that a word released, and
+	// whether that was a completion.
+	heard func(at spool.Position, completion bool)
+
+	reader  *spool.Reader
+	sampled time.Time
 }
+
+// sampleEvery bounds how often a word's record is looked up: a look reads from
+// the disk's cache, and the evidence that it gives is needed every few seconds.
+const sampleEvery = 20 * time.Millisecond
 
 func (w *words) run(ctx context.Context) error {
 	sub, err := w.nc.Subscribe(capture.CommittedSubject(w.ingress), w.take)
@@ -58,13 +67,37 @@ func (w *words) take(m *nats.Msg) {
 		return
 	}
 	ranges := make([]spool.Range, len(word.Released))
+	var last uint64
 	for i, r := range word.Released {
 		ranges[i] = spool.Range{First: r[0], Last: r[1]}
+		last = max(last, r[1])
 	}
-	if w.spool.Release(start, ranges...) > 0 {
-		w.heard()
+	at := spool.Position{Start: start, Index: last}
+	completion, known := w.look(at)
+	if w.spool.Release(start, ranges...) > 0 && known {
+		w.heard(at, completion)
 	}
 }
+
+// look tells whether a record of this start, not released yet, is a completion.
+func (w *words) look(at spool.Position) (completion, known bool) {
+	if at.Start != w.spool.Start() || time.Since(w.sampled) < sampleEvery {
+		return false, false
+	}
+	w.sampled = time.Now()
+	if w.reader == nil {
+		w.reader = w.spool.NewReader()
+	}
+	w.reader.Rewind(at)
+	rec, ok, err := w.reader.TryNext()
+	if !ok || err != nil || rec.Position != at {
+		return false, false
+	}
+	msg, err := capture.ParseRecord(rec.Data)
+	return isCompletion(msg), err == nil
+}
+
+func isCompletion(m capture.Message) bool { return capture.IsOutcomeSubject(m.Subject) }
 
 // beat sends a heartbeat. One that is lost is followed by the next.
 func (w *words) beat(stopped bool) {

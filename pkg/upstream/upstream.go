@@ -21,6 +21,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -35,7 +36,8 @@ type Options struct {
 	// TLS is used for https; nil means the system's roots.
 	TLS *tls.Config
 	// MaxConns bounds connections in use and idle together. Default 1024. A
-	// request above it waits for one until its deadline.
+	// request above it waits for one until its deadline, and then fails with a
+	// timeout.
 	MaxConns int
 	// IdleTimeout closes connections that were not used for so long. Default
 	// 30 s: below the keep-alive of common servers (60 to 75 s), so that it is
@@ -51,7 +53,7 @@ type Options struct {
 type Pool struct {
 	o     Options
 	addr  string
-	slots chan struct{} // one element for each connection in use or idle
+	slots chan struct{} // one element for each connection in use or being made
 
 	mu     sync.Mutex
 	idle   []*conn // last used last
@@ -66,7 +68,7 @@ type Pool struct {
 type Error struct {
 	Op string // "connect", "write" or "read"
 	// Sent is true when a byte may have reached the API: then nobody knows what
-	// it did with the request.
+	// it did with the request. False is a promise that none has.
 	Sent bool
 	Err  error
 }
@@ -85,8 +87,10 @@ func (e *Error) Timeout() bool {
 }
 
 var (
-	errNoConn = errors.New("no connection became free in time")
-	errClosed = errors.New("pool is closed")
+	errNoConn   = fmt.Errorf("no connection became free in time: %w", os.ErrDeadlineExceeded)
+	errClosed   = errors.New("pool is closed")
+	errSwitched = errors.New("the API changed the protocol unasked")
+	errStatus   = errors.New("status of the answer is no status")
 )
 
 // New validates the options. It does not connect.
@@ -118,6 +122,8 @@ func New(o Options) (*Pool, error) {
 	} else {
 		p.o.TLS = nil
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	p.reaper = time.AfterFunc(p.o.IdleTimeout, p.reap)
 	return p, nil
 }
@@ -140,15 +146,13 @@ func (p *Pool) Close() {
 	p.idle, p.closed = nil, true
 	p.mu.Unlock()
 	p.reaper.Stop()
-	for _, c := range idle {
-		p.discard(c)
-	}
+	p.drop(idle)
 }
 
 // conn is one connection. Only its holder touches it.
 type conn struct {
 	net.Conn
-	raw     syscall.RawConn // nil where there is none to look at (TLS)
+	raw     syscall.RawConn // of the TCP connection, below TLS where there is one
 	br      *bufio.Reader
 	limit   int64 // bytes that may still be read for an answer's head; < 0: no limit
 	scratch []byte
@@ -174,29 +178,10 @@ func (c *conn) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// acquire gives an idle connection that is still alive, or a new one.
+// acquire gives an idle connection that is still alive, or a new one. Because
+// one is made only when none is idle, those in use and those that are idle are
+// never more than there are slots.
 func (p *Pool) acquire(deadline time.Time) (*conn, error) {
-	for {
-		p.mu.Lock()
-		if p.closed {
-			p.mu.Unlock()
-			return nil, errClosed
-		}
-		n := len(p.idle)
-		if n == 0 {
-			p.mu.Unlock()
-			break
-		}
-		c := p.idle[n-1]
-		p.idle[n-1] = nil
-		p.idle = p.idle[:n-1]
-		p.mu.Unlock()
-		if c.alive() {
-			c.reused = true
-			return c, nil
-		}
-		p.dead(c)
-	}
 	select {
 	case p.slots <- struct{}{}:
 	default:
@@ -208,13 +193,49 @@ func (p *Pool) acquire(deadline time.Time) (*conn, error) {
 			return nil, errNoConn
 		}
 	}
-	c, err := p.dial(deadline)
+	c, err := p.idleOrNew(deadline)
 	if err != nil {
 		<-p.slots
 		return nil, err
 	}
-	p.open.Add(1)
 	return c, nil
+}
+
+func (p *Pool) idleOrNew(deadline time.Time) (*conn, error) {
+	for {
+		if !time.Now().Before(deadline) {
+			return nil, os.ErrDeadlineExceeded
+		}
+		p.mu.Lock()
+		if p.closed {
+			p.mu.Unlock()
+			return nil, errClosed
+		}
+		n := len(p.idle)
+		if n == 0 {
+			p.mu.Unlock()
+			c, err := p.dial(deadline)
+			if err != nil {
+				return nil, err
+			}
+			if err := c.SetDeadline(deadline); err != nil {
+				p.drop([]*conn{c})
+				return nil, err
+			}
+			return c, nil
+		}
+		c := p.idle[n-1]
+		p.idle[n-1] = nil
+		p.idle = p.idle[:n-1]
+		p.mu.Unlock()
+		// Before the look: the deadline of the last request may have passed.
+		if err := c.SetDeadline(deadline); err == nil && c.alive() {
+			c.reused = true
+			return c, nil
+		}
+		p.dead(c)
+		p.drop([]*conn{c})
+	}
 }
 
 func (p *Pool) dial(deadline time.Time) (*conn, error) {
@@ -234,24 +255,23 @@ func (p *Pool) dial(deadline time.Time) (*conn, error) {
 			return nil, err
 		}
 		c.Conn = tc
-	} else if sc, ok := nc.(syscall.Conn); ok {
+	}
+	if sc, ok := nc.(syscall.Conn); ok {
 		c.raw, _ = sc.SyscallConn()
 	}
 	c.br = bufio.NewReaderSize(c, 4<<10)
 	p.mu.Lock()
 	c.gen = p.gen
 	p.mu.Unlock()
+	p.open.Add(1)
 	return c, nil
 }
 
-// peekAfter is how long a connection may have been idle before it is looked
-// at: a look costs a system call, and under load they are never idle so long.
-const peekAfter = 10 * time.Millisecond
-
 // alive reports whether the peer has neither closed the connection nor said
-// anything unasked.
+// anything unasked. It costs a system call, which is little beside the request
+// that a dead connection costs.
 func (c *conn) alive() bool {
-	if c.raw == nil || time.Since(c.idleAt) < peekAfter {
+	if c.raw == nil {
 		return true
 	}
 	alive := false
@@ -269,24 +289,33 @@ func (p *Pool) release(c *conn) {
 	c.limit = -1
 	c.idleAt = time.Now()
 	p.mu.Lock()
-	if p.closed || c.gen != p.gen {
-		p.mu.Unlock()
-		p.discard(c)
-		return
+	keep := !p.closed && c.gen == p.gen
+	if keep {
+		p.idle = append(p.idle, c)
 	}
-	p.idle = append(p.idle, c)
 	p.mu.Unlock()
-}
-
-func (p *Pool) discard(c *conn) {
-	_ = c.Close()
-	p.open.Add(-1)
+	if !keep {
+		p.drop([]*conn{c})
+	}
 	<-p.slots
 }
 
-// dead discards a connection that its peer had closed, and all idle ones of
-// its age with it: an API that restarts closes them all, and each would cost a
-// request.
+// discard closes a connection that was in use.
+func (p *Pool) discard(c *conn) {
+	p.drop([]*conn{c})
+	<-p.slots
+}
+
+// drop closes connections that are neither idle nor hold a slot.
+func (p *Pool) drop(conns []*conn) {
+	for _, c := range conns {
+		_ = c.Close()
+		p.open.Add(-1)
+	}
+}
+
+// dead notes that the peer had closed a connection, and closes all idle ones of
+// its age: an API that restarts closes them all, and each would cost a request.
 func (p *Pool) dead(c *conn) {
 	p.mu.Lock()
 	var idle []*conn
@@ -295,10 +324,7 @@ func (p *Pool) dead(c *conn) {
 		idle, p.idle = p.idle, nil
 	}
 	p.mu.Unlock()
-	p.discard(c)
-	for _, other := range idle {
-		p.discard(other)
-	}
+	p.drop(idle)
 }
 
 func (p *Pool) reap() {
@@ -308,15 +334,13 @@ func (p *Pool) reap() {
 	for n < len(p.idle) && p.idle[n].idleAt.Before(limit) {
 		n++
 	}
-	old := append([]*conn(nil), p.idle[:n]...)
-	p.idle = append(p.idle[:0], p.idle[n:]...)
+	old := slices.Clone(p.idle[:n])
+	p.idle = slices.Delete(p.idle, 0, n)
 	if !p.closed {
 		p.reaper.Reset(p.o.IdleTimeout / 2)
 	}
 	p.mu.Unlock()
-	for _, c := range old {
-		p.discard(c)
-	}
+	p.drop(old)
 }
 
 // Exchange is one request and its answer, for one goroutine. It must be
@@ -327,6 +351,7 @@ type Exchange struct {
 	method   string
 	resp     *http.Response
 	body     io.Reader
+	deadline time.Time
 	unsent   int64 // bytes of the body that are still to be written
 	reusable bool
 	closed   bool
@@ -341,11 +366,7 @@ func (p *Pool) Begin(deadline time.Time, method string, rest int64, body []byte,
 	if err != nil {
 		return nil, &Error{Op: "connect", Err: err}
 	}
-	x := &Exchange{p: p, c: c, method: method, unsent: rest}
-	if err := c.SetDeadline(deadline); err != nil {
-		x.abort()
-		return nil, &Error{Op: "connect", Err: err}
-	}
+	x := &Exchange{p: p, c: c, method: method, deadline: deadline, unsent: rest}
 	// One system call for what is small; what is large is not copied.
 	c.scratch = c.scratch[:0]
 	for _, part := range head {
@@ -355,35 +376,109 @@ func (p *Pool) Begin(deadline time.Time, method string, rest int64, body []byte,
 	if !large {
 		c.scratch = append(c.scratch, body...)
 	}
-	_, err = c.Conn.Write(c.scratch)
+	n, err := c.Conn.Write(c.scratch)
 	if err == nil && large {
-		_, err = c.Conn.Write(body)
+		_, err = x.write(body)
 	}
 	if cap(c.scratch) > 64<<10 {
 		c.scratch = nil
 	}
-	if err != nil && rest == 0 {
-		// The API may have answered before it read everything, and closed.
-		if _, rerr := x.Answer(nil); rerr == nil {
-			x.unsent = 1 // whatever comes, this connection is not used again
+	if err != nil && n > 0 {
+		// The API may have answered before it read everything.
+		if err = x.earlyAnswer(err); err == nil {
 			return x, nil
 		}
+		return nil, err
 	}
 	if err != nil {
 		x.fail(err)
-		return nil, &Error{Op: "write", Sent: true, Err: err}
+		// Below TLS a failed write may have sent a part of what it took.
+		return nil, &Error{Op: "write", Sent: n > 0 || p.o.TLS != nil, Err: err}
 	}
 	return x, nil
 }
 
+// errEarly ends the sending of a body that the API does not read any more,
+// because it has answered already.
+var errEarly = errors.New("the API answered before it had read the request")
+
+const (
+	// stall is how long a write may stand still before it is asked whether the
+	// API has answered meanwhile: longer than an API pauses that answers while
+	// it reads on.
+	stall = 500 * time.Millisecond
+	// earlyWait is how long the answer of an API is waited for that broke off in
+	// the middle of the request: it is here already, or it will not come.
+	earlyWait = time.Second
+)
+
+// write sends what may be larger than the socket's buffers. An API that reads
+// slowly gets all the time that the deadline leaves, even if it has begun to
+// answer; one that has answered and does not read is not written to any more.
+func (x *Exchange) write(b []byte) (int, error) {
+	c := x.c
+	if x.p.o.TLS != nil || len(b) <= 16<<10 {
+		return c.Conn.Write(b) // a TLS connection is broken by a write's deadline
+	}
+	sent := 0
+	for {
+		until := time.Now().Add(stall)
+		last := !until.Before(x.deadline)
+		if last {
+			until = x.deadline
+		}
+		if err := c.SetWriteDeadline(until); err != nil {
+			return sent, err
+		}
+		n, err := c.Conn.Write(b[sent:])
+		sent += n
+		switch {
+		case err == nil:
+			return sent, c.SetWriteDeadline(x.deadline)
+		case !errors.Is(err, os.ErrDeadlineExceeded), last:
+			return sent, err
+		case n == 0 && !c.alive():
+			return sent, errEarly // or it has gone, which reading tells
+		}
+	}
+}
+
 // Write sends a part of the body.
 func (x *Exchange) Write(b []byte) (int, error) {
-	n, err := x.c.Conn.Write(b)
+	n, err := x.write(b)
 	x.unsent -= int64(n)
 	if err != nil {
 		return n, &Error{Op: "write", Sent: true, Err: err}
 	}
 	return n, nil
+}
+
+// EarlyAnswer looks for the answer of an API that did not want the whole
+// request, after a Write that failed with cause. After nil Answer gives it, and
+// the connection will not be used again; else the exchange is closed, and the
+// error says why.
+func (x *Exchange) EarlyAnswer(cause error) error {
+	var known *Error
+	if errors.As(cause, &known) {
+		cause = known.Err
+	}
+	return x.earlyAnswer(cause)
+}
+
+func (x *Exchange) earlyAnswer(cause error) error {
+	x.unsent = max(x.unsent, 1)
+	err := x.Extend(time.Now().Add(earlyWait))
+	if err == nil {
+		_, err = x.Answer(nil)
+	}
+	if err == nil {
+		return nil
+	}
+	x.fail(cause)
+	if errors.Is(cause, errEarly) {
+		return err // what came was no answer, and that is the cause
+	}
+	return &Error{Op: "write", Sent: true, Err: cause}
 }
 
 // Sent says that the request went out whole, where Begin was not told its
@@ -392,6 +487,7 @@ func (x *Exchange) Sent() { x.unsent = 0 }
 
 // Extend sets a new deadline.
 func (x *Exchange) Extend(deadline time.Time) error {
+	x.deadline = deadline
 	if err := x.c.SetDeadline(deadline); err != nil {
 		return &Error{Op: "write", Sent: true, Err: err}
 	}
@@ -399,8 +495,9 @@ func (x *Exchange) Extend(deadline time.Time) error {
 }
 
 // Answer reads the head of the final answer. Interim ones (1xx) are handed to
-// interim, if it is not nil, as they come; 101 is final. The body is read by
-// Read, not from the result's Body.
+// interim, if it is not nil, as they come; 101 is an error, because nobody asked
+// for another protocol. The body is read by Read, not from the result's Body.
+// After an error the exchange is closed.
 func (x *Exchange) Answer(interim func(*http.Response)) (*http.Response, error) {
 	if x.resp != nil {
 		return x.resp, nil
@@ -410,11 +507,18 @@ func (x *Exchange) Answer(interim func(*http.Response)) (*http.Response, error) 
 	x.c.limit = x.p.o.MaxHeaderBytes
 	for {
 		resp, err := http.ReadResponse(x.c.br, req)
+		switch {
+		case err != nil:
+		case resp.StatusCode == http.StatusSwitchingProtocols:
+			err = errSwitched
+		case resp.StatusCode < 100:
+			err = errStatus
+		}
 		if err != nil {
 			x.fail(err)
 			return nil, &Error{Op: "read", Sent: true, Err: err}
 		}
-		if resp.StatusCode >= 200 || resp.StatusCode == http.StatusSwitchingProtocols {
+		if resp.StatusCode >= 200 {
 			x.c.limit = -1
 			x.resp, x.body = resp, resp.Body
 			return resp, nil
@@ -450,7 +554,7 @@ func (x *Exchange) Close() {
 		return
 	}
 	x.closed = true
-	if !x.reusable || x.unsent != 0 || x.resp.Close || x.c.br.Buffered() != 0 || x.resp.StatusCode == http.StatusSwitchingProtocols {
+	if !x.reusable || x.unsent != 0 || x.resp.Close || x.c.br.Buffered() != 0 {
 		x.p.discard(x.c)
 		return
 	}
@@ -467,13 +571,8 @@ func (x *Exchange) abort() {
 // fail ends the exchange after an error; a death of a used connection says
 // that others of its age are dead too.
 func (x *Exchange) fail(err error) {
-	if x.closed {
-		return
-	}
-	if x.c.reused && !errors.Is(err, os.ErrDeadlineExceeded) {
-		x.closed = true
+	if !x.closed && x.c.reused && !errors.Is(err, os.ErrDeadlineExceeded) {
 		x.p.dead(x.c)
-		return
 	}
 	x.abort()
 }
