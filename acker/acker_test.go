@@ -460,6 +460,9 @@ func lock(t *testing.T, w *world) (unlock func()) {
 	require.NoError(t, err)
 	conn, err := db.Conn(t.Context())
 	require.NoError(t, err)
+	// The acker's own ping may hold the lock for a moment.
+	_, err = conn.ExecContext(t.Context(), "PRAGMA busy_timeout = 10000")
+	require.NoError(t, err)
 	_, err = conn.ExecContext(t.Context(), "BEGIN IMMEDIATE")
 	require.NoError(t, err)
 	return func() {

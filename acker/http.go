@@ -26,6 +26,9 @@ const (
 	// times as much. A body counts with its announced length, or with the
 	// largest allowed.
 	bodyBudget = 16 << 20
+	// drainLimit is how much of a body that is too large is read and thrown away,
+	// so that its sender gets the 413. Beyond that it may meet a reset.
+	drainLimit = 8 << 20
 	// smallBody is what a request without a body counts for.
 	smallBody = 1 << 10
 	// retryAfter is what a 503 tells: a lock is gone by then, and a queue
@@ -177,6 +180,11 @@ func (a *api) read(w http.ResponseWriter, r *http.Request, limit int64) (body []
 		return nil, nil, false
 	}
 	tooLarge := func() {
+		// A connection that is closed on unread bytes is reset, and the client then
+		// may not see the answer.
+		if r.Header.Get("Expect") == "" {
+			_, _ = io.CopyN(io.Discard, r.Body, drainLimit)
+		}
 		service.WriteProblem(w, service.Problem{
 			Status: http.StatusRequestEntityTooLarge,
 			Detail: fmt.Sprintf("the body has more than %d bytes; send it in several requests", limit),

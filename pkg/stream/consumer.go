@@ -210,7 +210,7 @@ func (c *Consumer) drainPull(ctx context.Context, p *pull, batches chan<- *batch
 		b := newBatch(p.ackWait)
 		err = p.gather(ctx, b, c.o)
 		if err != nil {
-			p.close(b)
+			p.close(b, ctx.Err() != nil)
 		}
 		if len(b.messages) == 0 {
 			continue

@@ -29,6 +29,8 @@ const (
 	// envelope is room in a request's byte budget for what the server counts
 	// beside a message's header and data: subject and reply.
 	envelope = 64 << 10
+
+	settleQuiet, settleBound = 100 * time.Millisecond, 2 * time.Second
 )
 
 // errEnded says that a pull ended, and why; a new one is opened.
@@ -227,17 +229,20 @@ func (p *pull) take(m *nats.Msg, into *batch) error {
 	}
 }
 
-// close takes no new messages, and puts those that have come into batches: at
-// most as many as the open request could bring.
-func (p *pull) close(into *batch) {
+// close ends the pull, and puts what has come, and what is on its way, into the
+// batch: at most as many messages as the open request may bring.
+func (p *pull) close(into *batch, stopping bool) {
 	p.conn.RemoveStatusListener(p.status)
 	p.silent.Stop()
+	into.reconnects = p.reconnects
+	if stopping {
+		p.settle(into)
+	}
 	// Drain keeps what is on its way. When the server has answered the flush,
 	// nothing more is.
 	if err := p.sub.Drain(); err == nil && p.conn.IsConnected() {
 		_ = p.conn.FlushTimeout(time.Second) // what is late comes again after AckWait
 	}
-	into.reconnects = p.reconnects
 	for {
 		select {
 		case m := <-p.messages:
@@ -245,6 +250,30 @@ func (p *pull) close(into *batch) {
 				into.add(m)
 			}
 		default:
+			return
+		}
+	}
+}
+
+// settle waits until the open request has brought all it may, or nothing for a
+// moment: a request cannot be taken back, and what the server has under way when
+// the inbox goes counts as delivered, and would come again only after AckWait.
+func (p *pull) settle(into *batch) {
+	// Of both, what a busy server needs between two messages, and what 500 of
+	// them take at the worst.
+	quiet, bound := time.NewTimer(settleQuiet), time.NewTimer(settleBound)
+	defer quiet.Stop()
+	defer bound.Stop()
+	for p.open > 0 && p.conn.IsConnected() {
+		select {
+		case m := <-p.messages:
+			if p.take(m, into) != nil {
+				return
+			}
+			quiet.Reset(settleQuiet)
+		case <-quiet.C:
+			return
+		case <-bound.C:
 			return
 		}
 	}
