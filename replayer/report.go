@@ -1,6 +1,7 @@
 package replayer
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"slices"
@@ -35,7 +36,7 @@ const (
 // Report says what a run did. As JSON it is the output of run --output json and
 // what the ledger keeps of the run.
 type Report struct {
-	Run      string        `json:"run"`
+	Run      string        `json:"run"`       // empty when the fence let none be made
 	PickedUp bool          `json:"picked_up"` // it had been begun by an earlier process
 	Target   string        `json:"target,omitempty"`
 	Filter   ledger.Filter `json:"filter"`
@@ -166,7 +167,7 @@ func (r *Report) WriteText(w io.Writer) error {
 	if r.PickedUp {
 		picked = ", picked up"
 	}
-	fmt.Fprintf(&b, "run        %s (%s%s)\n", r.Run, r.End, picked)
+	fmt.Fprintf(&b, "run        %s (%s%s)\n", cmp.Or(r.Run, "none"), r.End, picked)
 	if r.Reason != "" {
 		fmt.Fprintf(&b, "reason     %s\n", r.Reason)
 	}

@@ -104,9 +104,10 @@ const (
 	// by a ledger that may be busy for some seconds.
 	leaseMargin = 10 * time.Second
 	// pageSize and pageAge bound how much, and for how long, is sent behind one
-	// passage of the fence.
+	// passage of the fence; fenceAge how long ago that may have begun.
 	pageSize = 200
 	pageAge  = 2 * time.Second
+	fenceAge = 5 * time.Second
 	// beginBatch bounds how many attempts one transaction begins. All of them
 	// have a free place, so that they are sent at once.
 	beginBatch = 64
@@ -131,6 +132,7 @@ type runner struct {
 	limiter *rate.Limiter
 	places  chan struct{} // one element for each request in flight
 	tally   tally
+	turn    bool                    // the rate's, for the next request
 	halt    context.CancelCauseFunc // nothing more is begun, for the given cause
 
 	mu      sync.Mutex // of Progress and total
@@ -141,8 +143,10 @@ type runner struct {
 
 // Run makes or picks up a run and works on it until its selection has been gone
 // through, Stop is closed, or something is in the way. When ctx ends, what is in
-// flight is no longer waited for. The report tells how it ended and the exit
-// code; the error is not nil only when there was no run to work on.
+// flight is no longer waited for. A new run is made behind a passage of the
+// fence; a report without a run says that it did not pass. The report tells how
+// it ended and the exit code; the error is not nil only when there was no run to
+// work on for another reason.
 func Run(ctx context.Context, o Options) (Report, error) {
 	o.setDefaults()
 	begin, halt := context.WithCancelCause(ctx)
@@ -169,6 +173,12 @@ func Run(ctx context.Context, o Options) (Report, error) {
 	defer context.AfterFunc(ctx, func() { time.AfterFunc(settle, cancel) })()
 
 	run, lease, picked, err := openRun(begin, o)
+	if fence := (*FenceError)(nil); errors.As(err, &fence) {
+		now := o.Clock.Now().UTC()
+		report := Report{Target: o.Target, Limit: o.Limit, StartedAt: now, EndedAt: now, End: EndFailed, Reason: err.Error(), ExitCode: ExitFailed}
+		report.Next = report.next()
+		return report, nil
+	}
 	if err != nil {
 		return Report{}, fmt.Errorf("open run: %w", err)
 	}
@@ -244,14 +254,14 @@ func openRun(ctx context.Context, o Options) (ledger.Run, ledger.RunLease, bool,
 	if err != nil {
 		return fail(err)
 	}
+	free := false
 	for _, r := range unfinished {
 		if r.Target != o.Target || !o.Selection.Same(r) {
 			o.Logger.Info("another run is unfinished", "run", r.ID, "created_at", stamp(r.CreatedAt),
 				"filter", describe(r.Filter), "target", r.Target, "owner", r.Owner)
 			continue
 		}
-		free, err := abandoned(ctx, o, r)
-		if err != nil {
+		if free, err = abandoned(ctx, o, r); err != nil {
 			return fail(err)
 		}
 		if free {
@@ -259,6 +269,14 @@ func openRun(ctx context.Context, o Options) (ledger.Run, ledger.RunLease, bool,
 			break
 		}
 		o.Logger.Info("another process works on a run with the same filter", "run", r.ID, "owner", r.Owner)
+	}
+	if !free {
+		// A new selection is frozen once all that was durable anywhere when the
+		// command began is in the ledger: else it would leave out what a recorder
+		// that was away has yet to take, and call the rest everything.
+		if err := o.Fence.Pass(ctx); err != nil {
+			return fail(err)
+		}
 	}
 	var (
 		run    ledger.Run
@@ -493,8 +511,7 @@ func (r *runner) pass(begin, flight context.Context) (int, error) {
 	passage := r.passFence(begin)
 	defer func() { passage.abandon() }()
 	for {
-		fencedAt, err := passage.wait(begin)
-		if err != nil {
+		if err := passage.wait(begin); err != nil {
 			return total, err
 		}
 		page, err := r.selectPage(begin, after)
@@ -503,21 +520,28 @@ func (r *runner) pass(begin, flight context.Context) (int, error) {
 		}
 		// The next page's fence costs no throughput while this page is sent.
 		passage = r.passFence(begin)
-		rest := len(page) == pageSize
-		n, last, err := r.page(begin, flight, page, fencedAt)
+		n, last, err := r.page(begin, flight, page)
 		total += n
 		if err != nil {
 			return total, err
 		}
-		if last != page[len(page)-1].ID {
-			rest = true // it grew too old
-		}
-		if !rest || r.beyond(last) {
+		cut := last != page[len(page)-1].ID
+		if len(page) < pageSize && !cut || r.beyond(last) {
 			return total, nil
+		}
+		if r.since(passage.began) >= fenceAge {
+			// The run has paused meanwhile.
+			passage.abandon()
+			passage = r.passFence(begin)
+		}
+		if cut && last == uuid.Nil {
+			continue // nothing of it was sent
 		}
 		after = last
 	}
 }
+
+func (r *runner) since(t time.Time) time.Duration { return r.Clock.Now().Sub(t) }
 
 // fencePassage is a passage of the fence on its own goroutine.
 type fencePassage struct {
@@ -533,15 +557,14 @@ func (r *runner) passFence(ctx context.Context) *fencePassage {
 	return p
 }
 
-// wait gives the time at which the page began.
-func (p *fencePassage) wait(ctx context.Context) (time.Time, error) {
+func (p *fencePassage) wait(ctx context.Context) error {
 	err := <-p.err
 	p.err <- nil // for abandon
 	p.cancel()
 	if ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}
-	return p.began, err
+	return err
 }
 
 func (p *fencePassage) abandon() {
@@ -564,19 +587,24 @@ func schedule(page []ledger.Candidate) (together, alone []ledger.Candidate) {
 }
 
 // page sends a page, and says how many attempts it has begun and up to which id
-// it came: the page's last, or less when the fence behind which it was selected
-// has grown too old.
-func (r *runner) page(begin, flight context.Context, page []ledger.Candidate, fencedAt time.Time) (int, uuid.UUID, error) {
+// it came: the page's last, or less when the page has grown too old, because it
+// is large or the run has paused.
+func (r *runner) page(begin, flight context.Context, page []ledger.Candidate) (int, uuid.UUID, error) {
 	together, alone := schedule(page)
+	selected := r.Clock.Now()
 	last := page[len(page)-1].ID
 	begun := 0
+	send := func(from []ledger.Candidate, most int) (int, error) {
+		took, n, err := r.batch(begin, flight, from, most, func() error { return r.ready(begin, selected, begun == 0) })
+		begun += n
+		return took, err
+	}
 	for len(together) > 0 {
-		if begun > 0 && r.Clock.Now().Sub(fencedAt) >= pageAge {
+		took, err := send(together, beginBatch)
+		if errors.Is(err, errOld) {
 			last = previous(page, together[0].ID)
 			break
 		}
-		took, n, err := r.batch(begin, flight, together, beginBatch)
-		begun += n
 		if err != nil {
 			return begun, last, err
 		}
@@ -587,14 +615,45 @@ func (r *runner) page(begin, flight context.Context, page []ledger.Candidate, fe
 			break
 		}
 		r.drain()
-		_, n, err := r.batch(begin, flight, []ledger.Candidate{c}, 1)
-		begun += n
+		_, err := send([]ledger.Candidate{c}, 1)
+		if errors.Is(err, errOld) {
+			last = previous(page, c.ID)
+			break
+		}
 		if err != nil {
 			return begun, last, err
 		}
 		r.drain()
 	}
 	return begun, last, nil
+}
+
+// errOld says that a page has grown too old to send more of it.
+var errOld = errors.New("page is too old")
+
+// ready waits until one request may be sent: for its turn by the rate, and for
+// the API. A page that has grown old meanwhile gives errOld, and the turn is
+// kept for the next; but the first of a page goes if it did not have to wait, so
+// that a slow fence does not stop a run.
+func (r *runner) ready(ctx context.Context, selected time.Time, first bool) error {
+	waited := false
+	if !r.turn {
+		waited = true
+		if err := r.pace(ctx); err != nil {
+			return err
+		}
+		r.turn = true
+	}
+	if !r.gate.isOpen() {
+		waited = true
+		if err := r.gate.wait(ctx, r.Probe); err != nil {
+			return err
+		}
+	}
+	if r.since(selected) >= pageAge && (waited || !first) {
+		return errOld
+	}
+	return nil
 }
 
 // previous gives the id before id in the page.
@@ -609,10 +668,12 @@ func previous(page []ledger.Candidate, id uuid.UUID) uuid.UUID {
 	return last
 }
 
-// batch waits until one request may be sent, begins it and those after it for
-// which there is a place right now, and sends them. It says how many candidates
-// it took and how many of them were begun.
-func (r *runner) batch(begin, flight context.Context, from []ledger.Candidate, most int) (took, begun int, err error) {
+// batch waits for a place and until it is ready, begins the first candidate and
+// those after it for which there is a place right now, and sends them. It says
+// how many candidates it took and how many of them were begun.
+func (r *runner) batch(
+	begin, flight context.Context, from []ledger.Candidate, most int, ready func() error,
+) (took, begun int, err error) {
 	for took < len(from) && !r.admits(from[took].ID) {
 		took++
 	}
@@ -630,12 +691,11 @@ func (r *runner) batch(begin, flight context.Context, from []ledger.Candidate, m
 			<-r.places
 		}
 	}()
-	if err := r.pace(begin); err != nil {
-		return took, 0, err
+	// With a place at hand: whatever the last answer said of the API is known.
+	if err := ready(); err != nil {
+		return 0, 0, err
 	}
-	if err := r.gate.wait(begin, r.Probe); err != nil {
-		return took, 0, err
-	}
+	r.turn = false
 	chosen := []ledger.Candidate{from[took]}
 	r.touch(from[took].ID)
 	took++
@@ -671,6 +731,7 @@ more:
 	for i, b := range results {
 		if b.Skip != "" {
 			r.tally.skipped()
+			delete(r.touched, b.ID)
 			r.Logger.Debug("not begun", "request_id", b.ID, "reason", b.Skip)
 			continue
 		}

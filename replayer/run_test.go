@@ -502,10 +502,9 @@ func TestALostLeaseEndsTheRun(t *testing.T) {
 	a := newAPI(t, func(http.ResponseWriter, *http.Request, int) {})
 	o = options(t, b, a.URL)
 	o.Concurrency = 1
-	taken := false
+	fences := 0
 	o.Fence = passer(func(context.Context) error {
-		if !taken {
-			taken = true
+		if fences++; fences == 2 { // the first page's; the run is there
 			b.later(time.Hour)
 			run, _, picked, err := b.OpenRun(context.Background(), o.Selection.Filter, "", "a thief", time.Minute)
 			if err != nil || !picked || run.Owner != "a thief" {
@@ -752,17 +751,62 @@ func TestTheSelectionIsFrozenAndWhatCameLaterIsSaid(t *testing.T) {
 	require.Contains(t, strings.Join(report.Next, "\n"), "more requests that match have come")
 }
 
+// TestTheSelectionIsFrozenBehindTheFence: what was captured before the command
+// and reaches the ledger while the fence is waited for is part of the selection.
+func TestTheSelectionIsFrozenBehindTheFence(t *testing.T) {
+	b := newBooks(t)
+	b.capture(t, many(3)...)
+	a := newAPI(t, nil)
+	o := options(t, b, a.URL)
+	var once sync.Once
+	o.Fence = passer(func(context.Context) error {
+		once.Do(func() { b.capture(t, many(2)...) })
+		return nil
+	})
+	report := mustRun(t, o)
+	require.Equal(t, int64(5), report.Processed)
+	require.Len(t, a.seen(), 5)
+	require.False(t, report.Newer)
+}
+
+// TestNoRunIsMadeBeforeTheFence: it would be picked up later, with a selection
+// that knows nothing of what the fence was waiting for.
+func TestNoRunIsMadeBeforeTheFence(t *testing.T) {
+	b := newBooks(t)
+	b.capture(t, many(3)...)
+	a := newAPI(t, nil)
+	o := options(t, b, a.URL)
+	o.Fence = passer(func(context.Context) error {
+		return &replayer.FenceError{Waits: []string{"the acker is 3 messages behind"}}
+	})
+	report := mustRun(t, o)
+	require.Equal(t, replayer.EndFailed, report.End)
+	require.Equal(t, replayer.ExitFailed, report.ExitCode)
+	require.Contains(t, report.Reason, "the acker is 3 messages behind")
+	require.Empty(t, report.Run)
+	runs, _, err := b.Runs(t.Context(), "", 10)
+	require.NoError(t, err)
+	require.Empty(t, runs)
+
+	o.Fence = passing{}
+	require.Equal(t, int64(3), mustRun(t, o).Processed)
+}
+
 // TestPicksUpARunWithARelativeTime: started again later, --since 2h is the same
 // selection, and its window stays.
 func TestPicksUpARunWithARelativeTime(t *testing.T) {
 	b := newBooks(t)
 	b.capture(t, many(3)...)
-	stop := make(chan struct{})
-	close(stop)
 	a := newAPI(t, nil)
 	o := options(t, b, a.URL)
 	o.Selection.SinceAgo = 2 * time.Hour
-	o.Fence = passer(func(context.Context) error { <-stop; return fmt.Errorf("the acker is away") })
+	fences := 0
+	o.Fence = passer(func(context.Context) error {
+		if fences++; fences > 1 { // the run is there
+			return fmt.Errorf("the acker is away")
+		}
+		return nil
+	})
 	first := mustRun(t, o)
 	require.Equal(t, replayer.ExitFailed, first.ExitCode)
 	b.later(90 * time.Minute)
