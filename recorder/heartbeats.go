@@ -123,10 +123,10 @@ func (h *heartbeats) take(subject string, data []byte) {
 		}
 		delete(h.beats, beat.Ingress)
 		delete(h.lags, beat.Ingress)
-	case len(h.lags) >= maxIngresses && h.lags[beat.Ingress] == (lag{}):
-		clear(h.lags)
-		return
 	default:
+		if _, known := h.beats[beat.Ingress]; !known && len(h.beats) >= maxIngresses {
+			return // until the next save, which is soon
+		}
 		h.beats[beat.Ingress] = heard{beat, h.sent(&beat, received)}
 	}
 	select {
@@ -140,6 +140,9 @@ func (h *heartbeats) sent(b *capture.Heartbeat, received time.Time) time.Time {
 	l, shown := h.lags[b.Ingress], received.Sub(b.Now)
 	if l.start != b.Start || shown < l.least || received.Sub(l.since) > lagWindow {
 		l = lag{start: b.Start, least: shown, since: received}
+		if len(h.lags) >= maxIngresses {
+			clear(h.lags) // names that are heard no more
+		}
 		h.lags[b.Ingress] = l
 	}
 	return received.Add(l.least - shown)

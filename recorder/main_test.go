@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -29,7 +30,13 @@ import (
 	"github.com/holdfast-io/holdfast/recorder"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if os.Getenv(childURL) != "" {
+		child()
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // patience bounds waits for things that take milliseconds.
 const patience = 20 * time.Second
@@ -51,8 +58,9 @@ type world struct {
 	index  uint64 // of the last spool record
 }
 
-func newWorld(t testing.TB) *world {
+func newWorld(t *testing.T) *world {
 	t.Helper()
+	t.Parallel()
 	w := &world{t: t, dir: t.TempDir()}
 	w.path = filepath.Join(w.dir, "ledger.db")
 	var err error
@@ -90,12 +98,26 @@ func (w *world) connect() *nats.Conn {
 	return nc
 }
 
+// defaults are the settings of a recorder on this machine, on any free port.
+func defaults() (*recorder.Settings, error) {
+	full := &struct {
+		service.Common
+		recorder.Settings
+	}{}
+	if err := service.Defaults(full, true); err != nil {
+		return nil, err
+	}
+	full.RecorderAddr = "127.0.0.1:0"
+	return &full.Settings, nil
+}
+
 // running is a recorder.
 type running struct {
 	*recorder.Service
 	t     testing.TB
 	url   string
 	token string
+	conn  *nats.Conn
 	ready *service.Readiness
 	reg   *prometheus.Registry
 	log   *logLines
@@ -108,14 +130,8 @@ func (w *world) start(store recorder.Store, change ...func(*recorder.Options)) *
 	if store == nil {
 		store = w.store
 	}
-	s := &recorder.Settings{}
-	full := &struct {
-		service.Common
-		recorder.Settings
-	}{}
-	require.NoError(w.t, service.Defaults(full, true))
-	*s = full.Settings
-	s.RecorderAddr = "127.0.0.1:0"
+	s, err := defaults()
+	require.NoError(w.t, err)
 	r := &running{t: w.t, ready: service.NewReadiness(), reg: prometheus.NewRegistry(), log: &logLines{}}
 	o := recorder.Options{
 		Settings: s, Store: store, Conn: w.connect(), Registry: r.reg, Ready: r.ready,
@@ -124,10 +140,9 @@ func (w *world) start(store recorder.Store, change ...func(*recorder.Options)) *
 	for _, f := range change {
 		f(&o)
 	}
-	var err error
 	r.Service, err = recorder.New(o)
 	require.NoError(w.t, err)
-	r.url = "http://" + r.Addr().String()
+	r.url, r.conn = "http://"+r.Addr().String(), o.Conn
 	done := make(chan error, 1)
 	go func() { done <- r.Run(context.Background()) }()
 	var once sync.Once
@@ -160,6 +175,13 @@ func (l *logLines) count(message string) int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return strings.Count(l.text.String(), `"msg":"`+message+`"`)
+}
+
+// contains counts the text.
+func (l *logLines) contains(text string) int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return strings.Count(l.text.String(), text)
 }
 
 // do asks the API and reads the whole answer.

@@ -113,8 +113,9 @@ func New(o Options) (*Service, error) {
 	beats := newHeartbeats(o.Conn, o.Store, o.Logger)
 	watch := &watcher{store: o.Store, metrics: m, ledger: o.Ready.Flag("recorder ledger", "not asked yet"), log: o.Logger}
 	expire := &expirer{store: o.Store, log: o.Logger, keep: ledger.Retention{
-		KeepProcessed:      o.Settings.KeepProcessed,
-		KeepProcessedBytes: int64(o.Settings.KeepProcessedBytes),
+		// 0 keeps none; to a store it is no bound at all.
+		KeepProcessed:      max(o.Settings.KeepProcessed, 1),
+		KeepProcessedBytes: max(int64(o.Settings.KeepProcessedBytes), 1),
 		Retention:          o.Settings.Retention,
 	}}
 	o.Ready.Check("recorder consumer", consumer.Ready)
