@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -146,15 +147,21 @@ func (p *Process) Tail(n int64) string {
 	return string(b)
 }
 
-// FreeAddr gives a loopback address that nobody listens on at the moment. It
-// stays the same over restarts of what listens there.
+// FreeAddr gives a loopback address that nobody listens on at the moment. It is
+// below the ports that systems give to outgoing connections (from 32768 on with
+// Linux), so that none of those takes it while what listens there is down.
 func FreeAddr() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", fmt.Errorf("find a free port: %w", err)
+	const lowest, highest = 10_000, 32_000
+	var err error
+	for range 100 {
+		var l net.Listener
+		l, err = net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", lowest+rand.IntN(highest-lowest)))
+		if err == nil {
+			defer l.Close()
+			return l.Addr().String(), nil
+		}
 	}
-	defer l.Close()
-	return l.Addr().String(), nil
+	return "", fmt.Errorf("find a free port: %w", err)
 }
 
 // AwaitHTTP waits until url answers 200, the process ends, or ctx is done.
