@@ -50,11 +50,14 @@ type Report struct {
 	Left  LeftCounts       `json:"left"`
 	// Newer is true when requests that came after the selection was frozen match
 	// the filter too.
-	Newer     bool      `json:"newer"`
-	StartedAt time.Time `json:"started_at"`
-	EndedAt   time.Time `json:"ended_at"`
-	Seconds   float64   `json:"duration_seconds"`
-	Rate      float64   `json:"rate_per_second"`
+	Newer bool `json:"newer"`
+	// Unfinished are the ids of other runs that were not gone through when this
+	// process began: of other filters, or held by other processes.
+	Unfinished []string  `json:"unfinished,omitempty"`
+	StartedAt  time.Time `json:"started_at"`
+	EndedAt    time.Time `json:"ended_at"`
+	Seconds    float64   `json:"duration_seconds"`
+	Rate       float64   `json:"rate_per_second"`
 	// Failures are the first requests whose last attempt by this process did not
 	// succeed, at most [MaxFailures].
 	Failures []Failure `json:"failures,omitempty"`
@@ -187,6 +190,12 @@ func (r *Report) WriteText(w io.Writer) error {
 		b.WriteString("failures\n")
 		for _, f := range r.Failures {
 			fmt.Fprintf(&b, "  %s  attempt %d  %s  %s\n", f.ID, f.Attempt, f.Verdict, reason(f.Status, f.Error))
+		}
+	}
+	if len(r.Unfinished) > 0 {
+		b.WriteString("other unfinished runs\n")
+		for _, id := range r.Unfinished {
+			fmt.Fprintf(&b, "  %s\n", id)
 		}
 	}
 	if len(r.Next) > 0 {

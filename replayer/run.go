@@ -172,7 +172,7 @@ func Run(ctx context.Context, o Options) (Report, error) {
 	defer cancel()
 	defer context.AfterFunc(ctx, func() { time.AfterFunc(settle, cancel) })()
 
-	run, lease, picked, err := openRun(begin, o)
+	found, err := openRun(begin, o)
 	if fence := (*FenceError)(nil); errors.As(err, &fence) {
 		now := o.Clock.Now().UTC()
 		report := Report{Target: o.Target, Limit: o.Limit, StartedAt: now, EndedAt: now, End: EndFailed, Reason: err.Error(), ExitCode: ExitFailed}
@@ -183,7 +183,7 @@ func Run(ctx context.Context, o Options) (Report, error) {
 		return Report{}, fmt.Errorf("open run: %w", err)
 	}
 	r := &runner{
-		Options: o, run: run, lease: lease, halt: halt,
+		Options: o, run: found.run, lease: found.lease, halt: halt,
 		gate:   newGate(o.Clock, o.Logger, o.PauseLimit),
 		places: make(chan struct{}, o.Concurrency),
 	}
@@ -196,10 +196,10 @@ func Run(ctx context.Context, o Options) (Report, error) {
 		r.touched = make(map[uuid.UUID]struct{})
 	}
 	report := Report{
-		Run: run.ID, PickedUp: picked, Target: run.Target, Filter: run.Filter, Limit: o.Limit,
-		StartedAt: o.Clock.Now().UTC(),
+		Run: r.run.ID, PickedUp: found.picked, Target: r.run.Target, Filter: r.run.Filter, Limit: o.Limit,
+		Unfinished: found.others, StartedAt: o.Clock.Now().UTC(),
 	}
-	o.Logger.Info("replaying", "run", run.ID, "picked_up", picked, "filter", describe(run.Filter))
+	o.Logger.Info("replaying", "run", r.run.ID, "picked_up", found.picked, "filter", describe(r.run.Filter))
 
 	keeping, stopKeeping := context.WithCancel(last)
 	var keeper sync.WaitGroup
@@ -209,9 +209,9 @@ func Run(ctx context.Context, o Options) (Report, error) {
 		defer tick.Stop()
 		r.keep(keeping, tick.C)
 	})
-	r.writer = newWriter(last, lease, o.Ledger, o.Clock, 2*o.Concurrency, r.wrote, halt)
+	r.writer = newWriter(last, r.lease, o.Ledger, o.Clock, 2*o.Concurrency, r.wrote, halt)
 
-	if left, err := o.Ledger.Left(begin, lease); err == nil {
+	if left, err := o.Ledger.Left(begin, r.lease); err == nil {
 		report.Selected = left.Replayable
 		if o.Limit > 0 {
 			report.Selected = min(report.Selected, int64(o.Limit))
@@ -236,38 +236,49 @@ func Run(ctx context.Context, o Options) (Report, error) {
 	return report, nil
 }
 
+// opened is a run to work on.
+type opened struct {
+	run    ledger.Run
+	lease  ledger.RunLease
+	picked bool     // it had been begun before
+	others []string // ids of runs that are unfinished too
+}
+
 // openRun picks up the unfinished run of this selection, or makes one.
-func openRun(ctx context.Context, o Options) (ledger.Run, ledger.RunLease, bool, error) {
-	fail := func(err error) (ledger.Run, ledger.RunLease, bool, error) {
-		return ledger.Run{}, ledger.RunLease{}, false, err
-	}
+func openRun(ctx context.Context, o Options) (found opened, err error) {
 	var now time.Time
-	err := retry(ctx, o.Clock, func() (err error) {
+	err = retry(ctx, o.Clock, func() (err error) {
 		now, err = o.Ledger.Now(ctx)
 		return err
 	})
 	if err != nil {
-		return fail(err)
+		return opened{}, err
 	}
 	filter := o.Selection.Resolve(now)
 	unfinished, err := activeRuns(ctx, o.Ledger)
 	if err != nil {
-		return fail(err)
+		return opened{}, err
 	}
 	free := false
 	for _, r := range unfinished {
+		if free {
+			found.others = append(found.others, r.ID)
+			continue
+		}
 		if r.Target != o.Target || !o.Selection.Same(r) {
 			o.Logger.Info("another run is unfinished", "run", r.ID, "created_at", stamp(r.CreatedAt),
 				"filter", describe(r.Filter), "target", r.Target, "owner", r.Owner)
+			found.others = append(found.others, r.ID)
 			continue
 		}
 		if free, err = abandoned(ctx, o, r); err != nil {
-			return fail(err)
+			return opened{}, err
 		}
 		if free {
 			filter = r.Filter
-			break
+			continue
 		}
+		found.others = append(found.others, r.ID)
 		o.Logger.Info("another process works on a run with the same filter", "run", r.ID, "owner", r.Owner)
 	}
 	if !free {
@@ -275,22 +286,17 @@ func openRun(ctx context.Context, o Options) (ledger.Run, ledger.RunLease, bool,
 		// command began is in the ledger: else it would leave out what a recorder
 		// that was away has yet to take, and call the rest everything.
 		if err := o.Fence.Pass(ctx); err != nil {
-			return fail(err)
+			return opened{}, err
 		}
 	}
-	var (
-		run    ledger.Run
-		lease  ledger.RunLease
-		picked bool
-	)
 	err = retry(ctx, o.Clock, func() (err error) {
-		run, lease, picked, err = o.Ledger.OpenRun(ctx, filter, o.Target, o.Owner, runLease)
+		found.run, found.lease, found.picked, err = o.Ledger.OpenRun(ctx, filter, o.Target, o.Owner, runLease)
 		return err
 	})
 	if err != nil {
-		return fail(err)
+		return opened{}, err
 	}
-	return run, lease, picked, nil
+	return found, nil
 }
 
 // activeRuns gives the unfinished runs, the oldest first.
