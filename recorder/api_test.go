@@ -480,12 +480,12 @@ func TestAsidePages(t *testing.T) {
 type busy struct {
 	recorder.Store
 	asked chan struct{}
-	go_   chan struct{}
+	open  chan struct{}
 }
 
 func (b *busy) Ingresses(ctx context.Context) ([]ledger.Ingress, error) {
 	b.asked <- struct{}{}
-	<-b.go_
+	<-b.open
 	return b.Store.Ingresses(ctx)
 }
 
@@ -496,7 +496,7 @@ func TestTooManyReadersAreTurnedAway(t *testing.T) {
 	statuses := make(chan int)
 	for range 32 {
 		go func() {
-			resp, err := http.Get(r.url + "/v1/stats") //nolint:noctx // ends with the test's store
+			resp, err := http.Get(r.url + "/v1/stats")
 			if err != nil {
 				statuses <- 0
 				return
@@ -511,7 +511,7 @@ func TestTooManyReadersAreTurnedAway(t *testing.T) {
 	resp, _ := r.do(http.MethodGet, "/v1/requests")
 	require.Equal(t, http.StatusServiceUnavailable, resp.StatusCode)
 	require.NotEmpty(t, resp.Header.Get("Retry-After"))
-	close(b.go_)
+	close(b.open)
 	for range 32 {
 		require.Equal(t, http.StatusOK, <-statuses)
 	}

@@ -110,6 +110,11 @@ func (h *heartbeats) take(subject string, data []byte) {
 	if err == nil && subject != capture.HeartbeatSubject(beat.Ingress) {
 		err = fmt.Errorf("%w: it names ingress %q", capture.ErrMalformed, beat.Ingress)
 	}
+	// A store may refuse a time that is no clock's, and all heartbeats of the
+	// commit with it.
+	if year := beat.Now.UTC().Year(); err == nil && (year < 1970 || year > 2200) {
+		err = fmt.Errorf("%w: its clock shows the year %d", capture.ErrMalformed, year)
+	}
 	if err != nil {
 		h.log.Warn("a heartbeat could not be read", "subject", subject, "err", err)
 		return

@@ -2,6 +2,7 @@ package recorder
 
 import (
 	"errors"
+	"maps"
 	"sync/atomic"
 	"time"
 
@@ -61,10 +62,10 @@ func (m *metrics) Collect(out chan<- prometheus.Metric) {
 	for state, n := range s.Requests {
 		show(descRequests, prometheus.GaugeValue, float64(n), string(state))
 	}
-	for kind, n := range s.Aside {
+	for kind, n := range withZeros(s.Aside, kindCapture, "completion", "incomplete") {
 		show(descAside, prometheus.GaugeValue, float64(n), kind)
 	}
-	for result, n := range s.Replays {
+	for result, n := range withZeros(s.Replays, "processed", "failed", "rejected", "unknown") {
 		show(descReplays, prometheus.CounterValue, float64(n), result)
 	}
 	if !s.OldestReplayable.IsZero() {
@@ -77,6 +78,17 @@ func (m *metrics) Collect(out chan<- prometheus.Metric) {
 	if s.FreeBytes >= 0 {
 		show(descFree, prometheus.GaugeValue, float64(s.FreeBytes))
 	}
+}
+
+// withZeros gives the counts and a 0 for each label that has none yet: a rate
+// over a counter that appears with its first event does not see that one.
+func withZeros(counts map[string]int64, labels ...string) map[string]int64 {
+	all := make(map[string]int64, len(counts)+len(labels))
+	for _, label := range labels {
+		all[label] = 0
+	}
+	maps.Copy(all, counts)
+	return all
 }
 
 func one(b bool) float64 {

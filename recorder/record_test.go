@@ -406,6 +406,9 @@ func TestHeartbeatsReachTheLedger(t *testing.T) {
 		send("gw2", beat("gw2"))
 		send("gw2", beat("gw3")) // on another's subject
 		require.NoError(t, w.nc.Publish(capture.HeartbeatSubject("gw4"), []byte("?")))
+		lost := beat("gw5") // its clock is
+		lost.Now = time.Date(9000, 1, 1, 0, 0, 0, 0, time.UTC)
+		send("gw5", lost)
 		return len(known()) == 2
 	}, patience, 20*time.Millisecond)
 	one := known()["gw1"]
