@@ -532,8 +532,9 @@ func TestWhatWasNotCommittedIsCommittedAfterARestart(t *testing.T) {
 
 func TestSurvivesARestartOfTheServer(t *testing.T) {
 	w := newWorld(t)
+	before := w.conn.Stats().Reconnects
 	require.NoError(t, w.broker.Restart(t.Context()))
-	require.Eventually(t, w.conn.IsConnected, patience, time.Millisecond)
+	require.Eventually(t, func() bool { return w.conn.Stats().Reconnects > before && w.conn.IsConnected() }, patience, time.Millisecond)
 	id := w.capture()
 	w.publish(capture.OutcomeSubject("default"), outcome(id, 200, capture.Processed), "")
 	w.await(id, capture.StateProcessed)

@@ -72,8 +72,10 @@ func (s *Service) setAside(ctx context.Context, batch []stream.Msg, refused map[
 		return nil
 	}
 	asides := make([]ledger.Aside, 0, len(refused))
-	for i, reason := range refused {
-		asides = append(asides, batch[i].Aside(asideKind, reason))
+	for i := range batch { // in the order of the stream
+		if reason := refused[i]; reason != nil {
+			asides = append(asides, batch[i].Aside(asideKind, reason))
+		}
 	}
 	if err := s.o.Store.SetAside(ctx, asides); err != nil {
 		return fmt.Errorf("set completions aside: %w", err)

@@ -60,8 +60,8 @@ type Msg struct {
 }
 
 // Terminate has the message terminated with the reason instead of acknowledged,
-// after the handler has returned without error. The handler has set it aside
-// first. Both ends are final.
+// after the handler has returned without error; an error takes it back. The
+// handler has set it aside first. Both ends are final.
 func (m *Msg) Terminate(reason string) {
 	// The reason becomes part of a protocol line that people read.
 	m.reason = strings.ToValidUTF8(reason[:min(len(reason), 256)], "\uFFFD")
@@ -244,6 +244,9 @@ func (c *Consumer) commit(ctx, commitCtx context.Context, b *batch, handle Handl
 		if err.Error() != last {
 			last = err.Error()
 			c.o.Logger.Error("a batch is not committed and is tried again", "stream", c.o.Stream, "messages", len(b.messages), "err", err)
+		}
+		for i := range b.messages {
+			b.messages[i].reason = "" // a try that failed has decided nothing
 		}
 		wait(ctx, backoff)
 		backoff = min(2*backoff, retryLast)

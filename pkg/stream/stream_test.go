@@ -289,20 +289,35 @@ func TestAFailedCommitIsTriedAgainAndNotAcknowledged(t *testing.T) {
 	require.Equal(t, 4, failures)
 }
 
+// reconnects runs what breaks the connection, and waits until there is a new one:
+// for a while a client takes the broken one for sound.
+func reconnects(t testing.TB, nc *nats.Conn, broken func()) {
+	t.Helper()
+	before := nc.Stats().Reconnects
+	broken()
+	require.Eventually(t, func() bool { return nc.Stats().Reconnects > before && nc.IsConnected() }, patience, time.Millisecond)
+}
+
+// setAckWait gives the recorder's consumer another AckWait.
+func setAckWait(t testing.TB, js jetstream.JetStream, d time.Duration) jetstream.Consumer {
+	t.Helper()
+	st, err := js.Stream(t.Context(), capture.RequestsStream)
+	require.NoError(t, err)
+	c, err := st.Consumer(t.Context(), capture.RecorderDurable)
+	require.NoError(t, err)
+	config := c.CachedInfo().Config
+	config.AckWait = d
+	c, err = st.UpdateConsumer(t.Context(), config)
+	require.NoError(t, err)
+	return c
+}
+
 // A commit that takes longer than AckWait is said to be in progress, so that the
 // server does not send its messages again.
 func TestALongCommitIsNotRepeated(t *testing.T) {
 	_, nc, js := provisioned(t)
-	st, err := js.Stream(t.Context(), capture.RequestsStream)
-	require.NoError(t, err)
-	// The least that the server takes beside this is a second: the loop's own
-	// clock ticks once a second.
-	c, err := js.Consumer(t.Context(), capture.RequestsStream, capture.RecorderDurable)
-	require.NoError(t, err)
-	config := c.CachedInfo().Config
-	config.AckWait = 2 * time.Second
-	_, err = st.UpdateConsumer(t.Context(), config)
-	require.NoError(t, err)
+	// The least that makes sense: the loop's own clock ticks once a second.
+	c := setAckWait(t, js, 2*time.Second)
 	publish(t, js, 0, 10)
 
 	s := newStore()
@@ -352,6 +367,30 @@ func TestTerminatedMessagesDoNotBlock(t *testing.T) {
 	stop()
 }
 
+// A try that failed has decided nothing: what it refused may be taken by the next.
+func TestAFailedTryTerminatesNothing(t *testing.T) {
+	b, nc, js := provisioned(t)
+	observer, _ := b.connect(t)
+	acks, err := observer.SubscribeSync("$JS.ACK.>")
+	require.NoError(t, err)
+	require.NoError(t, observer.Flush())
+	publish(t, js, 0, 1)
+	s := newStore()
+	tries := 0
+	stop := run(t, newConsumer(t, nc), func(ctx context.Context, batch []stream.Msg) error {
+		if tries++; tries == 1 {
+			batch[0].Terminate("not liked")
+			return errors.New("locked")
+		}
+		return s.commit(ctx, batch)
+	})
+	s.await(t, 1)
+	m, err := acks.NextMsg(patience)
+	require.NoError(t, err)
+	require.Empty(t, m.Data, "it was terminated instead of acknowledged")
+	stop()
+}
+
 func TestTwoShareADurable(t *testing.T) {
 	b, nc, js := provisioned(t)
 	other, _ := b.connect(t)
@@ -371,6 +410,7 @@ func TestTwoShareADurable(t *testing.T) {
 // has to come again.
 func TestStopCommitsWhatHasCome(t *testing.T) {
 	_, nc, js := provisioned(t)
+	setAckWait(t, js, time.Hour) // nothing comes again meanwhile
 	publish(t, js, 0, 3000)
 	s := newStore()
 	started, goOn := make(chan struct{}), make(chan struct{})
@@ -390,8 +430,7 @@ func TestStopCommitsWhatHasCome(t *testing.T) {
 	close(goOn)
 	require.NoError(t, <-done)
 	require.NotZero(t, s.distinct())
-	// The server works acknowledgements off in its own time, which is far shorter
-	// than AckWait, after which nothing would be pending anyway.
+	// The server works acknowledgements off in its own time.
 	require.Eventually(t, func() bool {
 		consumer, err := js.Consumer(t.Context(), capture.RequestsStream, capture.RecorderDurable)
 		return err == nil && consumer.CachedInfo().NumAckPending == 0 &&
@@ -403,6 +442,7 @@ func TestStopCommitsWhatHasCome(t *testing.T) {
 // next process at once.
 func TestStopGivesBackWhatCannotBeCommitted(t *testing.T) {
 	_, nc, js := provisioned(t)
+	setAckWait(t, js, time.Hour) // it comes because it was given back, or not at all
 	publish(t, js, 0, 100)
 	failing := make(chan struct{}, 100)
 	stop := run(t, newConsumer(t, nc), func(context.Context, []stream.Msg) error {
@@ -413,7 +453,7 @@ func TestStopGivesBackWhatCannotBeCommitted(t *testing.T) {
 	stop()
 	s := newStore()
 	stop = run(t, newConsumer(t, nc), s.commit)
-	s.await(t, 100) // far less than AckWait
+	s.await(t, 100)
 	stop()
 	awaitAcked(t, js)
 }
@@ -424,8 +464,7 @@ func TestSurvivesARestartOfTheServer(t *testing.T) {
 	stop := run(t, newConsumer(t, nc), s.commit)
 	publish(t, js, 0, 1000)
 	s.await(t, 1000)
-	require.NoError(t, b.Restart(t.Context()))
-	require.Eventually(t, nc.IsConnected, patience, time.Millisecond)
+	reconnects(t, nc, func() { require.NoError(t, b.Restart(t.Context())) })
 	publish(t, js, 1000, 2000)
 	s.await(t, 2000)
 	stop()
@@ -444,8 +483,7 @@ func TestAcknowledgesOnlyOnTheConnectionThatBroughtTheMessage(t *testing.T) {
 		return s.commit(ctx, batch)
 	})
 	<-entered
-	require.NoError(t, b.Restart(t.Context()))
-	require.Eventually(t, nc.IsConnected, patience, time.Millisecond)
+	reconnects(t, nc, func() { require.NoError(t, b.Restart(t.Context())) })
 	acks, err := nc.SubscribeSync("$JS.ACK.>")
 	require.NoError(t, err)
 	close(goOn)

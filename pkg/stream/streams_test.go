@@ -68,7 +68,7 @@ func TestCheckNamesAllDifferencesAtOnceAndProvisionMendsThem(t *testing.T) {
 		"stream HOLDFAST_REQUESTS has allow_direct false instead of true",
 		"stream HOLDFAST_COMPLETIONS has max_bytes 1048576 instead of 16777216",
 		"consumer recorder of HOLDFAST_REQUESTS has max_deliver 3 instead of -1",
-		"consumer recorder of HOLDFAST_REQUESTS has ack_wait 1s instead of 1m0s",
+		"consumer recorder of HOLDFAST_REQUESTS has ack_wait 1s instead of 10s",
 		"consumer recorder of HOLDFAST_REQUESTS has max_ack_pending 1000 instead of 20000",
 		"consumer acker of HOLDFAST_COMPLETIONS has filter_subject holdfast.completions.x instead of ",
 		"recorder provision",
@@ -229,6 +229,7 @@ func TestAStreamThatWasCutBackGoesOn(t *testing.T) {
 	options := embednats.Options{
 		StoreDir: b.dir, Addr: b.ClientURL()[len("nats://"):], MaxStoreBytes: 4 * streams.StoreBytes(), Logger: silent,
 	}
+	before := nc.Stats().Reconnects
 	require.NoError(t, b.Shutdown(ctx))
 	messages := filepath.Join(b.dir, "jetstream", "$G", "streams", capture.RequestsStream, "msgs")
 	early := filepath.Join(t.TempDir(), "msgs")
@@ -237,7 +238,10 @@ func TestAStreamThatWasCutBackGoesOn(t *testing.T) {
 	// A second life: fifty more, committed and acknowledged.
 	again, err := embednats.Start(options)
 	require.NoError(t, err)
-	require.Eventually(t, nc.IsConnected, patience, time.Millisecond)
+	connectedAgain := func(times uint64) {
+		require.Eventually(t, func() bool { return nc.Stats().Reconnects >= before+times && nc.IsConnected() }, patience, time.Millisecond)
+	}
+	connectedAgain(1)
 	publish(t, js, 100, 150)
 	s.await(t, 150)
 	awaitAcked(t, js)
@@ -249,7 +253,7 @@ func TestAStreamThatWasCutBackGoesOn(t *testing.T) {
 	last, err := embednats.Start(options)
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, last.Shutdown(context.Background())) })
-	require.Eventually(t, nc.IsConnected, patience, time.Millisecond)
+	connectedAgain(2)
 	st, err := js.Stream(t.Context(), capture.RequestsStream)
 	require.NoError(t, err)
 	require.Equal(t, uint64(100), st.CachedInfo().State.LastSeq)
