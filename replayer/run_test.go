@@ -160,6 +160,9 @@ func TestNothingIsRepeatedBelow(t *testing.T) {
 			"in a chunk":          "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nok",
 			"before the last one": "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n",
 		} {
+			if method != "PUT" && stage != "after the request" {
+				continue // the method counts where libraries repeat at all
+			}
 			t.Run(method+" "+stage, func(t *testing.T) {
 				b := newBooks(t)
 				ids := b.capture(t, request{method: method, status: 502}, request{method: method, status: 502})

@@ -81,25 +81,37 @@ func TestTheHostIsKeptOrReplaced(t *testing.T) {
 // TestAnAnswerThatComesBeforeTheWholeRequest: an API that refuses a large body
 // does not read it to its end.
 func TestAnAnswerThatComesBeforeTheWholeRequest(t *testing.T) {
-	b := newBooks(t)
-	b.capture(t, request{body: bytes.Repeat([]byte("x"), 24<<20), chunked: true})
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	serveRaw(t, listener, func(c net.Conn) {
-		_ = c.SetDeadline(time.Now().Add(bound))
-		part := make([]byte, 1<<20)
-		if _, err := io.ReadFull(c, part); err != nil {
-			return // a probe
-		}
-		_, _ = io.WriteString(c, "HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+	for name, after := range map[string]func(c net.Conn, ended <-chan struct{}){
 		// As servers do: no more is written, and what comes is read for a while,
 		// so that the answer is not lost to a reset.
-		_ = c.(*net.TCPConn).CloseWrite()
-		_, _ = io.Copy(io.Discard, c)
-	})
-	report := mustRun(t, options(t, b, "http://"+listener.Addr().String()))
-	require.Equal(t, ledger.RunCounts{Sent: 1, Rejected: 1}, report.RunCounts)
-	require.Equal(t, 413, report.Failures[0].Status)
+		"and what follows is read": func(c net.Conn, _ <-chan struct{}) {
+			_ = c.(*net.TCPConn).CloseWrite()
+			_, _ = io.Copy(io.Discard, c)
+		},
+		"and nothing is read any more": func(_ net.Conn, ended <-chan struct{}) { <-ended },
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBooks(t)
+			hasty := newPolicy()
+			hasty.Timeout = 500 * time.Millisecond
+			b.capture(t, request{policy: hasty, body: bytes.Repeat([]byte("x"), 16<<20), chunked: true})
+			listener, err := net.Listen("tcp", "127.0.0.1:0")
+			require.NoError(t, err)
+			ended := make(chan struct{})
+			serveRaw(t, listener, func(c net.Conn) {
+				_ = c.SetDeadline(time.Now().Add(bound))
+				if _, err := io.ReadFull(c, make([]byte, 64<<10)); err != nil {
+					return // a probe
+				}
+				_, _ = io.WriteString(c, "HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+				after(c, ended)
+			})
+			report := mustRun(t, options(t, b, "http://"+listener.Addr().String()))
+			close(ended)
+			require.Equal(t, ledger.RunCounts{Sent: 1, Rejected: 1}, report.RunCounts)
+			require.Equal(t, 413, report.Failures[0].Status)
+		})
+	}
 }
 
 // TestAnAPIThatIsTooSlow: the policy's timeout ends the attempt.
