@@ -4,7 +4,7 @@
 // # A run
 //
 // A run is a row in the ledger: a filter and a selection frozen when it was
-// made. It goes through the selection in passes, in the order of the ids, page
+// made, which was behind a passage of the fence, too. It goes through the selection in passes, in the order of the ids, page
 // by page. For each page:
 //
 //  1. The fence: whatever the API, or an ingress, had said about requests when
@@ -15,8 +15,15 @@
 //  3. Begin: the attempt is written to the ledger, under a lease that outlasts
 //     the send timeout, in the transaction that checks that the request is still
 //     to be sent.
-//  4. Send, once. No library below repeats anything.
+//  4. Send, once: the bytes that were captured, by [upstream.Pool], which
+//     repeats nothing, follows nothing and parses no request. General clients
+//     were not used because they tidy up: fasthttp takes cookies apart and joins
+//     repeated headers, net/http refuses targets such as "//a" and those with
+//     control bytes.
 //  5. End: the result is written under the lease's fencing token.
+//
+// A page is cut short when it has grown old, because the API is slow or the run
+// has paused, and the rest selected anew.
 //
 // What failed is tried again in the next pass, after a delay that doubles, up to
 // the limit of attempts.
@@ -27,4 +34,6 @@
 // a ledger that is gone) may have reached the API, and is made again, alone,
 // when its lease is over. A completion event that becomes durable after a page
 // began may come too late to keep that page's request from being sent.
+//
+// [upstream.Pool]: https://pkg.go.dev/github.com/holdfast-io/holdfast/pkg/upstream#Pool
 package replayer
