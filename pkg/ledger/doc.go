@@ -20,9 +20,8 @@
 // # Batches
 //
 // Where a batch fails on the data of some items, those are found and refused
-// one by one in the results, and all others are held. An
-// error that has nothing to do with data (busy, full, gone) fails the whole
-// call and refuses nothing.
+// one by one in the results, and all others are held. An error that has nothing
+// to do with data (busy, full, gone) fails the whole call and refuses nothing.
 //
 // # Time
 //

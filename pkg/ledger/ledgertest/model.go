@@ -134,7 +134,7 @@ func anyOrder(t *testing.T, open Open) {
 		defer func() { b.NoError(b.s.Close()) }()
 		at := b.clock.Now()
 		ids := newIDs(4)
-		models := make(map[uuid.UUID]*model)
+		models, touched := make(map[uuid.UUID]*model), make(map[uuid.UUID]bool)
 		for _, id := range ids {
 			models[id] = newModel()
 		}
@@ -166,15 +166,16 @@ func anyOrder(t *testing.T, open Open) {
 		}), 1, 6)
 		rt.Repeat(map[string]func(*rapid.T){
 			"": func(*rapid.T) {
-				for _, id := range ids {
+				for id := range touched {
 					models[id].check(b, id)
 				}
+				clear(touched)
 			},
 			"record": func(rt *rapid.T) {
 				var items []ledger.Item
 				for _, id := range rapid.SliceOfN(anID, 1, 3).Draw(rt, "ids") {
 					items = append(items, b.inline(id))
-					models[id].captured = true
+					models[id].captured, touched[id] = true, true
 				}
 				b.record(items...)
 			},
@@ -182,6 +183,7 @@ func anyOrder(t *testing.T, open Open) {
 				facts := outcomes.Draw(rt, "facts")
 				b.complete(facts...)
 				for _, f := range facts {
+					touched[f.ID()] = true
 					if f.Event != nil {
 						models[f.ID()].events[*f.Event] = true
 					} else {
@@ -191,6 +193,7 @@ func anyOrder(t *testing.T, open Open) {
 			},
 			"discard": func(rt *rapid.T) {
 				id := anID.Draw(rt, "id")
+				touched[id] = true
 				n, err := b.s.Discard(b.ctx, ledger.Filter{IDs: []uuid.UUID{id}}, "because", 9)
 				b.NoError(err)
 				m := models[id]
@@ -200,6 +203,7 @@ func anyOrder(t *testing.T, open Open) {
 			},
 			"quarantine": func(rt *rapid.T) {
 				id := anID.Draw(rt, "id")
+				touched[id] = true
 				err := b.s.Quarantine(b.ctx, id, capture.QuarantineKiller, "")
 				m := models[id]
 				switch {
@@ -216,6 +220,7 @@ func anyOrder(t *testing.T, open Open) {
 			},
 			"release": func(rt *rapid.T) {
 				id := anID.Draw(rt, "id")
+				touched[id] = true
 				err := b.s.ReleaseQuarantine(b.ctx, id)
 				m := models[id]
 				n := 0
@@ -234,11 +239,17 @@ func anyOrder(t *testing.T, open Open) {
 					b.NoError(err)
 				}
 			},
-			"reopen": func(*rapid.T) { b.reopen() },
-			"wait":   func(*rapid.T) { b.clock.add(time.Minute) },
+			"reopen": func(*rapid.T) {
+				b.reopen()
+				for _, id := range ids {
+					touched[id] = true
+				}
+			},
+			"wait": func(*rapid.T) { b.clock.add(time.Minute) },
 		})
 		var early int64
-		for _, m := range models {
+		for id, m := range models {
+			m.check(b, id)
 			if !m.captured {
 				early += int64(len(m.events) + len(m.attempts))
 			}

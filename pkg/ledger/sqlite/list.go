@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -468,7 +469,7 @@ func (s *Store) Stats(ctx context.Context) (ledger.Stats, error) {
 		return ledger.Stats{}, err
 	}
 	st.FreeBytes = -1
-	if free, _, err := s.freeRoom(); err == nil {
+	if free, _, err := diskRoom(filepath.Dir(s.path)); err == nil {
 		st.FreeBytes = free
 	}
 	return st, nil

@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -63,7 +64,7 @@ func (s *Store) room(items []ledger.Item) error {
 	if need == 0 || s.o.ReserveBytes < 0 {
 		return nil
 	}
-	free, total, err := s.freeRoom()
+	free, total, err := diskRoom(filepath.Dir(s.path))
 	if err != nil {
 		return fmt.Errorf("%w: %w", ledger.ErrUnavailable, err)
 	}
@@ -187,12 +188,17 @@ func (t *tx) insert(r *row, policy capture.Policy, head, body []byte) error {
 	if r.facts == factsInline {
 		r.changed = u.facts.attempts[0].known
 	}
-	if _, err := t.exec("INSERT INTO requests (id, seq, state, kept, payload, due, facts, changed, origin, method, target, order_key, "+
-		"size, received, recorded, attempts, unresolved, started, ended, status, error, verdict, match_status) "+
-		"VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-		r.id[:], r.seq, r.state, r.kept, r.payload, r.due, r.facts, r.changed, r.origin, r.method, r.target, r.orderKey,
-		r.size, r.received, r.recorded, r.attempts, r.unresolved,
-		orNull(r.started), orNull(r.ended), r.status, orEmpty(r.error), r.verdict, orSame(r)); err != nil {
+	args := []any{r.id[:], r.seq, r.state, r.kept, r.payload, r.due, r.facts, r.changed, r.origin, r.method, r.target, r.orderKey,
+		r.size, r.received, r.recorded, r.attempts, r.unresolved}
+	query := "INSERT INTO requests (id, seq, state, kept, payload, due, facts, changed, origin, method, target, order_key, " +
+		"size, received, recorded, attempts, unresolved) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+	if r.facts != factsNone { // nearly always there are none, and six values less to bind
+		args = append(args, orNull(r.started), orNull(r.ended), r.status, orEmpty(r.error), r.verdict, orSame(r))
+		query = "INSERT INTO requests (id, seq, state, kept, payload, due, facts, changed, origin, method, target, order_key, " +
+			"size, received, recorded, attempts, unresolved, started, ended, status, error, verdict, match_status) " +
+			"VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+	}
+	if _, err := t.exec(query, args...); err != nil {
 		return err
 	}
 	if _, err := t.exec("INSERT INTO payloads (seq, head, body) VALUES (?, ?, ?)", r.seq, head, body); err != nil {

@@ -242,8 +242,8 @@ func (d *done) columns(r *ledger.Run) (columns string, args []any) {
 	return targetAttempts, []any{r.ID, r.ID, r.ID}
 }
 
-// sendableStates are those that Filter.Sendable may agree to.
-func sendableStates(*ledger.Filter) []int {
+// unfinished are the states that a run or an operator may do something about.
+func unfinished() []int {
 	return []int{codeReceived, codeFailed, codeQuarantined, codeRejected}
 }
 
@@ -258,7 +258,7 @@ func (s *Store) Select(ctx context.Context, l ledger.RunLease, maxAttempts int, 
 			return err
 		}
 		var d done
-		sel := selection{f: &run.Filter, states: sendableStates(&run.Filter), dueOnly: true, after: after, maxSeq: frozen(&run)}
+		sel := selection{f: &run.Filter, states: unfinished(), dueOnly: true, after: after, maxSeq: frozen(&run)}
 		sel.columns, sel.args = d.columns(&run)
 		return s.walk(ctx, q, &sel, now, func(r *row, req *ledger.Request) error {
 			if !run.Filter.Sendable(req, r.matchStatus) || r.seq > run.MaxSeq || d.attempts >= maxAttempts || d.over() {
@@ -288,7 +288,7 @@ func (s *Store) Left(ctx context.Context, l ledger.RunLease) (ledger.Left, error
 		}
 		var d done
 		var until int64
-		sel := selection{f: &run.Filter, states: sendableStates(&run.Filter), maxSeq: frozen(&run)}
+		sel := selection{f: &run.Filter, states: unfinished(), maxSeq: frozen(&run)}
 		sel.columns, sel.args = d.columns(&run)
 		sel.columns += ", coalesce((SELECT l.until FROM leases l WHERE l.key = 'id:' || " + uuidText + "), 0)"
 		return s.walk(ctx, q, &sel, now, func(r *row, req *ledger.Request) error {
@@ -539,7 +539,7 @@ func (s *Store) Discard(ctx context.Context, f ledger.Filter, reason string, lim
 		n = 0
 		codes, all := statesOf(&f)
 		if all {
-			codes = sendableStates(&f)
+			codes = unfinished()
 		}
 		open := make([]int, 0, len(codes))
 		for _, c := range codes {

@@ -78,17 +78,16 @@ const readers = 4
 
 // Store is a ledger in one SQLite file. It is safe for concurrent use.
 type Store struct {
-	path     string
-	o        Options
-	log      *slog.Logger
-	readDB   *sql.DB
-	writeDB  *sql.DB
-	lock     chan struct{} // holds one element; whoever takes it may use what follows
-	conn     *sql.Conn
-	stmts    map[string]*sql.Stmt
-	closed   atomic.Bool
-	origins  originCache
-	freeRoom func() (free, total int64, err error)
+	path    string
+	o       Options
+	log     *slog.Logger
+	readDB  *sql.DB
+	writeDB *sql.DB
+	lock    chan struct{} // holds one element; whoever takes it may use what follows
+	conn    *sql.Conn
+	stmts   map[string]*sql.Stmt
+	closed  atomic.Bool
+	origins originCache
 }
 
 var _ ledger.Store = (*Store)(nil)
@@ -138,7 +137,6 @@ func open(ctx context.Context, o Options) (*Store, error) {
 		stmts: make(map[string]*sql.Stmt),
 	}
 	s.lock <- struct{}{}
-	s.freeRoom = func() (int64, int64, error) { return diskRoom(filepath.Dir(path)) }
 	if err := s.connect(ctx); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
