@@ -17,9 +17,9 @@
 //     to be sent.
 //  4. Send, once: the bytes that were captured, by [upstream.Pool], which
 //     repeats nothing, follows nothing and parses no request. General clients
-//     were not used because they tidy up: fasthttp takes cookies apart and joins
-//     repeated headers, net/http refuses targets such as "//a" and those with
-//     control bytes.
+//     were not used because they tidy up: fasthttp takes cookies apart and keeps
+//     the last of repeated User-Agent or Content-Type fields, net/http refuses
+//     targets with control bytes and makes "//a" an absolute one.
 //  5. End: the result is written under the lease's fencing token.
 //
 // A page is cut short when it has grown old, because the API is slow or the run
