@@ -22,16 +22,14 @@ const (
 	// no more than ten small commits a second. A heartbeat waits no longer than
 	// that, because a replay waits for it before each page.
 	beatPause = 100 * time.Millisecond
-	// maxBeatAge is the age above which a heartbeat is not saved: the ledger
-	// takes it for news of the moment of saving. Fresher ones come every 250 ms.
-	maxBeatAge = 2 * time.Second
-	// byeTimeout bounds one try to save goodbyes, which do not age.
-	byeTimeout = 5 * time.Second
+	// saveTimeout bounds one try to save: what fails is superseded by the next
+	// heartbeat, 250 ms later; a goodbye is tried again.
+	saveTimeout = 5 * time.Second
 	// maxIngresses bounds the memory that senders of heartbeats can take. Those
 	// beyond it are not heard until others have been saved.
 	maxIngresses = 4096
 	// lagWindow is how long the least lag of an ingress counts. A clock that was
-	// set back makes all later heartbeats look old for so long, and none is saved.
+	// set back makes all later heartbeats look old for so long.
 	lagWindow = 30 * time.Second
 )
 
@@ -159,26 +157,12 @@ func (h *heartbeats) save(ctx context.Context) error {
 	h.mu.Lock()
 	byes := h.byes
 	h.byes = nil
-	now := h.now()
-	deadline := now.Add(maxBeatAge)
-	var beats []capture.Heartbeat
-	for ingress, one := range h.beats {
-		delete(h.beats, ingress)
-		age := now.Sub(one.sent)
-		if age > maxBeatAge/2 { // the other half is for the commit
-			continue
-		}
-		if end := one.sent.Add(maxBeatAge); end.Before(deadline) {
-			deadline = end
-		}
-		// The ledger takes Now for its own now.
-		one.beat.Now = one.beat.Now.Add(age)
-		beats = append(beats, one.beat)
-	}
+	pending := h.beats
+	h.beats = make(map[string]heard)
 	h.mu.Unlock()
 
 	if len(byes) > 0 {
-		bounded, cancel := context.WithTimeout(ctx, byeTimeout)
+		bounded, cancel := context.WithTimeout(ctx, saveTimeout)
 		defer cancel()
 		if err := h.store.SaveHeartbeats(bounded, byes); err != nil {
 			h.mu.Lock()
@@ -191,10 +175,16 @@ func (h *heartbeats) save(ctx context.Context) error {
 			return err
 		}
 	}
-	if len(beats) == 0 {
+	if len(pending) == 0 {
 		return nil
 	}
-	bounded, cancel := context.WithTimeout(ctx, deadline.Sub(now))
+	now := h.now()
+	beats := make([]capture.Heartbeat, 0, len(pending))
+	for _, one := range pending {
+		one.beat.Age = now.Sub(one.sent)
+		beats = append(beats, one.beat)
+	}
+	bounded, cancel := context.WithTimeout(ctx, saveTimeout)
 	defer cancel()
 	return h.store.SaveHeartbeats(bounded, beats)
 }

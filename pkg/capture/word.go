@@ -79,6 +79,9 @@ type Heartbeat struct {
 	// OldestUnreleased is by the ingress's clock, zero when there is none. Only
 	// its distance from Now means anything elsewhere.
 	OldestUnreleased time.Time `json:"oldest_unreleased,omitzero"`
+	// Age is how long ago it was sent when it is handed to the ledger, as its
+	// receiver knows; it does not travel.
+	Age time.Duration `json:"-"`
 	// Stopped is set on the last heartbeat of an ingress that stops with an
 	// empty spool: nobody has to wait for it any more.
 	Stopped bool `json:"stopped,omitempty"`

@@ -75,7 +75,8 @@ type Recorder interface {
 	// (by Fingerprint).
 	SetAside(ctx context.Context, messages []Aside) error
 	// SaveHeartbeats keeps the last heartbeat of each ingress, and forgets one
-	// that says it stopped. Times are shifted to the ledger's clock.
+	// that says it stopped. Times are shifted to the ledger's clock: each was
+	// sent its Age before the call, however long the call takes.
 	SaveHeartbeats(ctx context.Context, beats []capture.Heartbeat) error
 }
 

@@ -245,6 +245,14 @@ var recordTests = map[string]func(*bench){
 			{ID: "edge-1", Start: "a", SeenAt: b.clock.Now(), Unreleased: 3, OldestUnreleased: b.clock.Now().Add(-time.Minute)},
 			{ID: "edge-2", Start: "x", SeenAt: b.clock.Now()},
 		}, list)
+		// One that was long on its way was sent before the call, not by it.
+		old := beat("a", 100*time.Millisecond, false)
+		old.Age = 5 * time.Second
+		b.NoError(b.s.SaveHeartbeats(b.ctx, []capture.Heartbeat{old}))
+		list, err = b.s.Ingresses(b.ctx)
+		b.NoError(err)
+		b.Equal(b.clock.Now().Add(-5*time.Second), list[0].SeenAt)
+		b.Equal(b.clock.Now().Add(-5*time.Second-time.Minute), list[0].OldestUnreleased)
 		// A beat that overtook another one counts, the overtaken one does not.
 		b.NoError(b.s.SaveHeartbeats(b.ctx, []capture.Heartbeat{{Ingress: "edge-1", Start: "a", Now: own.Add(2 * time.Second)}, beat("a", time.Second, false)}))
 		list, err = b.s.Ingresses(b.ctx)

@@ -590,9 +590,12 @@ func (s *Store) SaveHeartbeats(ctx context.Context, beats []capture.Heartbeat) e
 	if len(beats) == 0 {
 		return nil
 	}
+	// Not the transaction's time: it may have waited for a lock, and a replay
+	// must not take an old heartbeat for a new one.
+	called := s.o.Now().UnixNano()
 	return s.write(ctx, "save heartbeats", func(t *tx) error {
 		for i := range beats {
-			if err := t.saveHeartbeat(&beats[i]); err != nil {
+			if err := t.saveHeartbeat(&beats[i], called-beats[i].Age.Nanoseconds()); err != nil {
 				return err
 			}
 		}
@@ -600,7 +603,7 @@ func (s *Store) SaveHeartbeats(ctx context.Context, beats []capture.Heartbeat) e
 	})
 }
 
-func (t *tx) saveHeartbeat(b *capture.Heartbeat) error {
+func (t *tx) saveHeartbeat(b *capture.Heartbeat, sent int64) error {
 	own, err := nanos(b.Now)
 	if err != nil {
 		return err
@@ -613,10 +616,10 @@ func (t *tx) saveHeartbeat(b *capture.Heartbeat) error {
 	}
 	var oldest any
 	if b.Unreleased > 0 && !b.OldestUnreleased.IsZero() {
-		oldest = t.now - b.UnreleasedFor().Nanoseconds()
+		oldest = sent - b.UnreleasedFor().Nanoseconds()
 	}
 	_, err = t.exec("INSERT INTO ingresses (id, start, own, seen, unreleased, oldest) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "+
 		"start = excluded.start, own = excluded.own, seen = excluded.seen, unreleased = excluded.unreleased, oldest = excluded.oldest "+
-		"WHERE start <> excluded.start OR own <= excluded.own", b.Ingress, b.Start, own, t.now, b.Unreleased, oldest)
+		"WHERE start <> excluded.start OR own <= excluded.own", b.Ingress, b.Start, own, sent, b.Unreleased, oldest)
 	return err
 }
