@@ -69,6 +69,7 @@ type System struct {
 	o         Options
 	processes map[string]*proc.Process
 	addrs     map[string]string
+	natsArgs  []string
 }
 
 // New chooses addresses and makes directories. It starts nothing.
@@ -138,8 +139,11 @@ func (s *System) Set(name, value string) {
 	s.o.Settings[name] = value
 }
 
-// env is the environment of a process.
-func (s *System) env(name string) []string {
+// NATSArgs are further arguments of nats-server, from its next start on.
+func (s *System) NATSArgs(args ...string) { s.natsArgs = args }
+
+// Env is the environment of a process.
+func (s *System) Env(name string) []string {
 	settings := map[string]string{
 		"DATA_DIR":      s.DataDir(),
 		"LEDGER_URL":    "sqlite://" + s.Ledger(),
@@ -200,7 +204,7 @@ func (s *System) start(ctx context.Context, name string) error {
 // Launch starts a process without waiting for it.
 func (s *System) Launch(role string) (*proc.Process, error) {
 	name := s.process(role)
-	p, err := proc.Start(proc.Spec{Name: name, Path: filepath.Join(s.o.Bin, name), Env: s.env(name), Dir: s.o.Dir})
+	p, err := proc.Start(proc.Spec{Name: name, Path: filepath.Join(s.o.Bin, name), Env: s.Env(name), Dir: s.o.Dir})
 	if err == nil {
 		s.processes[name] = p
 	}
@@ -215,7 +219,7 @@ func (s *System) startNATS(ctx context.Context) error {
 	_, monitorPort, _ := strings.Cut(monitor, ":")
 	p, err := proc.Start(proc.Spec{
 		Name: NATS, Path: s.o.NATSServer, Dir: s.o.Dir,
-		Args: []string{"-a", host, "-p", port, "-m", monitorPort, "-js", "-sd", s.NATSDir()},
+		Args: append([]string{"-a", host, "-p", port, "-m", monitorPort, "-js", "-sd", s.NATSDir()}, s.natsArgs...),
 	})
 	if err != nil {
 		return err
@@ -266,7 +270,7 @@ func (s *System) Stop(roles ...string) error {
 // gives its exit code and standard output. Its standard error goes to its log.
 func (s *System) Run(ctx context.Context, binary string, args ...string) (code int, stdout string, err error) {
 	cmd := exec.CommandContext(ctx, filepath.Join(s.o.Bin, binary), args...)
-	cmd.Env = append([]string{"PATH=" + os.Getenv("PATH")}, s.env(binary)...)
+	cmd.Env = append([]string{"PATH=" + os.Getenv("PATH")}, s.Env(binary)...)
 	cmd.Dir = s.o.Dir
 	log, err := os.OpenFile(filepath.Join(s.o.Dir, binary+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {

@@ -43,9 +43,10 @@ type Load struct {
 	// Pause is how long a client waits after an answer, so that a load has a
 	// length in time too.
 	Pause time.Duration
-	// Size is the least size of a body in bytes.
-	Size int
-	Seed uint64
+	// Size is the least size of a body in bytes; every LargeEvery-th one has at
+	// least LargeSize, none if that is 0.
+	Size, LargeEvery, LargeSize int
+	Seed                        uint64
 
 	mu      sync.Mutex
 	sent    []Sent
@@ -130,7 +131,11 @@ func (l *Load) client() {
 
 func (l *Load) send(client *http.Client, n int) Sent {
 	body := fmt.Sprintf("request %d of seed %d\n", n, l.Seed)
-	if pad := l.Size - len(body); pad > 0 {
+	size := l.Size
+	if l.LargeEvery > 0 && n%l.LargeEvery == 0 {
+		size = l.LargeSize
+	}
+	if pad := size - len(body); pad > 0 {
 		body += strings.Repeat(".", pad)
 	}
 	sum := sha256.Sum256([]byte(body))
@@ -162,6 +167,12 @@ type Verdict struct {
 	Lost      []Sent
 	Invented  []string // ids processed that nobody sent
 	Truncated []string // ids that arrived with a body nobody sent
+	Doubled   []string // ids of bodies that were processed under another id before
+	Mistaken  []Sent   // answers whose id is that of another body
+	// Again are ids that were replayed although the client had a whole 2xx answer
+	// other than 202. Where the API reports completion by its answers that is a
+	// mistake, and not where it reports by events.
+	Again []string
 }
 
 // Check judges a history against the API's database and arrivals, both by
@@ -183,6 +194,7 @@ func Check(ctx context.Context, sent []Sent, db string) (Verdict, error) {
 		}
 	}
 	processedBy := map[string]int{} // id → attempt
+	bodyOf := map[string]string{}   // id → body
 	for after := int64(0); ; {
 		rows, err := exampleapi.ReadRows(ctx, db, after, 1000, false)
 		if err != nil {
@@ -197,7 +209,11 @@ func Check(ctx context.Context, sent []Sent, db string) (Verdict, error) {
 				v.Invented = append(v.Invented, row.ID)
 				continue
 			}
+			if bodies[row.SHA256] {
+				v.Doubled = append(v.Doubled, row.ID)
+			}
 			bodies[row.SHA256] = true
+			bodyOf[row.ID] = row.SHA256
 			processedBy[row.ID] = row.Attempt
 			if row.Attempt > 1 {
 				v.Replayed++
@@ -206,7 +222,12 @@ func Check(ctx context.Context, sent []Sent, db string) (Verdict, error) {
 			}
 		}
 	}
+	told := map[string]bool{} // id → its client knows that it was processed
+	for _, s := range sent {
+		told[s.ID] = s.Answered() && s.Status < 300 && s.Status != http.StatusAccepted
+	}
 	repeated := map[string]bool{}
+	again := map[string]bool{}
 	for after := int64(0); ; {
 		arrivals, err := exampleapi.ReadArrivals(exampleapi.ArrivalsFile(db), after, 1000)
 		if err != nil {
@@ -220,6 +241,10 @@ func Check(ctx context.Context, sent []Sent, db string) (Verdict, error) {
 			if _, ok := bodies[a.SHA256]; !ok && !a.Incomplete {
 				v.Truncated = append(v.Truncated, a.ID)
 			}
+			if told[a.ID] && a.Attempt > 1 && !again[a.ID] {
+				again[a.ID] = true
+				v.Again = append(v.Again, a.ID)
+			}
 			if by, ok := processedBy[a.ID]; ok && a.Attempt > by && !repeated[a.ID] {
 				repeated[a.ID] = true
 				v.Repeated++
@@ -229,6 +254,9 @@ func Check(ctx context.Context, sent []Sent, db string) (Verdict, error) {
 	for _, s := range sent {
 		if s.Answered() && !bodies[s.Body] {
 			v.Lost = append(v.Lost, s)
+		}
+		if body, ok := bodyOf[s.ID]; ok && body != s.Body {
+			v.Mistaken = append(v.Mistaken, s)
 		}
 	}
 	return v, nil
@@ -245,6 +273,12 @@ func (v Verdict) Err() error {
 	}
 	if len(v.Truncated) > 0 {
 		errs = append(errs, fmt.Errorf("%d requests arrived with a body that nobody sent, the first is %s", len(v.Truncated), v.Truncated[0]))
+	}
+	if len(v.Doubled) > 0 {
+		errs = append(errs, fmt.Errorf("%d requests were processed under two ids, the first is %s", len(v.Doubled), v.Doubled[0]))
+	}
+	if len(v.Mistaken) > 0 {
+		errs = append(errs, fmt.Errorf("%d answers have the id of another request, the first is %+v", len(v.Mistaken), v.Mistaken[0]))
 	}
 	return errors.Join(errs...)
 }
