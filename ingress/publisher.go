@@ -27,7 +27,7 @@ const (
 	// acknowledged: enough to hide a round trip at full speed, little enough to
 	// stay below the server's queue for one stream and to bound memory.
 	windowRecords = 2048
-	windowBytes   = 16 << 20
+	windowBytes   = 8 << 20
 	// idleWait is how long the publisher waits for a record before it looks at
 	// its other duties.
 	idleWait = 200 * time.Millisecond
@@ -101,6 +101,9 @@ type overdue struct {
 	after  time.Time     // no such pass before
 	silent time.Duration // the next interval without words
 	since  time.Time     // of which silence is measured
+	// doubt says that the connection has been away since the last such interval:
+	// words went past us, and the broker may have lost what it had acknowledged.
+	doubt bool
 }
 
 func newPublisher(nc *nats.Conn, sp *spool.Spool, ingress string, log *slog.Logger, t timings) *publisher {
@@ -129,6 +132,8 @@ func (p *publisher) run(ctx context.Context) error {
 	// What was under way when the connection broke gets no acknowledgement.
 	lost := p.nc.StatusChanged(nats.RECONNECTING, nats.DISCONNECTED)
 	defer p.nc.RemoveStatusListener(lost)
+	back := p.nc.StatusChanged(nats.CONNECTED)
+	defer p.nc.RemoveStatusListener(back)
 	if err := p.findOrphans(ctx); err != nil {
 		return p.ended(ctx, err)
 	}
@@ -137,14 +142,17 @@ func (p *publisher) run(ctx context.Context) error {
 		select {
 		case <-lost:
 			p.window.failAll()
+		case <-back:
+			p.doubt(time.Now())
 		default:
 		}
-		if again, from := p.window.failure(); again {
+		if p.window.mustGoBack() {
+			// Acknowledgements that come during the pause still count.
 			if err := p.pause(ctx); err != nil {
 				return p.ended(ctx, err)
 			}
 			p.m.republished.Inc()
-			reader.Rewind(from)
+			reader.Rewind(p.window.restart())
 			continue
 		}
 		if err := p.lookAfter(ctx); err != nil {
@@ -257,11 +265,24 @@ func (p *publisher) calm(now time.Time) {
 	}
 }
 
+// doubt begins all waiting for words anew after a time without connection. Who
+// was faster to connect has given its words already, and a broker that was
+// restarted may have forgotten the end of its streams: what no word comes for in
+// the time that a lost one may take is published again, once. A replay waits for
+// it.
+func (p *publisher) doubt(now time.Time) {
+	p.calm(now)
+	for k := range p.overdue {
+		p.overdue[k].silent, p.overdue[k].doubt = p.times.wordLost, true
+	}
+}
+
 // lookAfter sets aside what was refused, and publishes again what stays
-// unreleased for too long. There are two reasons to think that a record, or its
+// unreleased for too long. There are three reasons to think that a record, or its
 // word, was lost: a later one of its stream was released long ago, or no word
-// has come for its stream for longer still. A consumer that is merely behind
-// gives neither, and repeats would put it further behind.
+// has come for its stream for longer still, or since the connection came back. A
+// consumer that is merely behind gives neither of the first two, and repeats
+// would put it further behind.
 func (p *publisher) lookAfter(ctx context.Context) error {
 	for _, r := range p.window.takeRefused() {
 		p.aside(r.number, r.position, r.reason)
@@ -281,7 +302,10 @@ func (p *publisher) lookAfter(ctx context.Context) error {
 		o := &p.overdue[k]
 		mark, heard := p.window.evidence(k)
 		if heard.After(o.since) {
-			o.since, o.silent = heard, p.times.republishMin
+			o.since = heard
+			if !o.doubt {
+				o.silent = p.times.republishMin
+			}
 		}
 		reader := p.spool.UnreleasedBefore(now.Add(-p.times.wordLost))
 		switch {
@@ -289,7 +313,8 @@ func (p *publisher) lookAfter(ctx context.Context) error {
 			if now.Sub(o.since) < o.silent || now.Sub(at) < o.silent {
 				continue
 			}
-			o.since, o.silent = now, min(2*o.silent, p.times.republishMax)
+			o.since, o.silent = now, min(max(2*o.silent, p.times.republishMin), p.times.republishMax)
+			o.doubt = false
 		case oldest.Start == mark.position.Start && oldest.Index > mark.position.Index:
 			o.wait = p.times.wordLost
 			p.window.forget(k)
@@ -625,17 +650,22 @@ func (w *window) takeRefused() []refused {
 	return taken
 }
 
-// failure reports whether the publisher must go back, and to which record; the
-// window is empty then. It does so too when the oldest acknowledgement is late.
-func (w *window) failure() (again bool, from spool.Position) {
+// mustGoBack reports whether something failed, which a late acknowledgement of
+// the oldest record is too.
+func (w *window) mustGoBack() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.next > w.first && time.Since(w.entries[w.first%windowRecords].at) > w.ackWait {
 		w.goBack()
 	}
-	if !w.failed {
-		return false, spool.Position{}
-	}
+	return w.failed
+}
+
+// restart empties the window after a failure, and gives the record to go on
+// with.
+func (w *window) restart() spool.Position {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	if len(w.done) > windowRecords {
 		clear(w.done) // of released records, which nobody reads again
 	}
@@ -645,7 +675,7 @@ func (w *window) failure() (again bool, from spool.Position) {
 		}
 	}
 	w.first, w.bytes, w.failed, w.refused = w.next, 0, false, nil
-	return true, w.back
+	return w.back
 }
 
 // pending is how many records wait for an acknowledgement.
