@@ -29,9 +29,9 @@ func (t *transaction) passAnswer(x *upstream.Exchange, resp *http.Response) {
 			t.accepted()
 			return
 		}
+		t.writeTrailer(resp) // first: an answer with trailers must not get a length
 		t.writeHead(resp)
 		_, _ = t.w.Write(first) // a client that has gone changes nothing
-		t.writeTrailer(resp)
 	case err != nil:
 		t.noAnswer(err)
 	case t.rt.accept && verdict == capture.Failed && t.state == storedSynced:

@@ -435,7 +435,7 @@ func TestKilledAtAnyPoint(t *testing.T) {
 	require.NoError(t, err)
 	t.Cleanup(away.Close)
 	hold := make(chan struct{})
-	begun := make(chan struct{}, 1)
+	begun := make(chan struct{}, 2)
 	api := serveAPI(t, func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/hold" {
 			_, _ = io.ReadFull(r.Body, make([]byte, chunkBytes))
@@ -444,20 +444,22 @@ func TestKilledAtAnyPoint(t *testing.T) {
 		}
 		ok(w, r)
 	})
+	defer close(hold)
 	first := startGateway(t, newOptions(t, api, away))
 	answered := first.must("POST", "/", strings.NewReader("x"))
 	big := first.must("POST", "/", bytes.NewReader(pattern(600<<10)))
-	go func() { _, _ = first.do("POST", "/hold", strings.NewReader("y")) }()
+	first.raw(head("POST /hold HTTP/1.1", "Host: x", "Content-Length: 1") + "y")
 	c, _ := first.raw(head("PUT /hold HTTP/1.1", "Host: x", "Content-Length: 600000"))
 	_, err = c.Write(pattern(chunkBytes))
 	require.NoError(t, err)
 	<-begun
-	require.Eventually(t, func() bool { return len(first.spooled()) == 8 }, patience, time.Millisecond)
+	<-begun
+	require.Eventually(t, func() bool { return len(first.spooled()) == 9 }, patience, time.Millisecond)
 
 	o := newOptions(t, api, b.connect())
 	copyDir(t, first.o.Settings.SpoolDir, o.Settings.SpoolDir)
 	startGateway(t, o)
-	list := b.eventually(capture.RequestsStream, 7)
+	list := b.eventually(capture.RequestsStream, 8)
 	var requests, abandons int
 	for _, m := range list {
 		require.NotEqual(t, "", m.ref.Start)
@@ -474,5 +476,4 @@ func TestKilledAtAnyPoint(t *testing.T) {
 	got := outcomes(b.eventually(capture.CompletionsStream, 2))
 	require.Contains(t, got, answered.id(t))
 	require.Contains(t, got, big.id(t))
-	close(hold)
 }

@@ -84,6 +84,7 @@ func (b *broker) connect() *nats.Conn {
 // message is one of a stream, as a consumer gets it.
 type message struct {
 	subject string
+	seq     uint64
 	header  nats.Header
 	data    []byte
 	ref     capture.SpoolRef
@@ -109,7 +110,12 @@ func (b *broker) read(name string) []message {
 			continue
 		}
 		require.NoError(b.t, err)
-		got := message{subject: m.Subject, header: m.Header, data: m.Data}
+		for name := range m.Header {
+			if strings.HasPrefix(name, "Nats-") { // said by the server, of a direct get
+				delete(m.Header, name)
+			}
+		}
+		got := message{subject: m.Subject, header: m.Header, data: m.Data, seq: m.Sequence}
 		ref, ok := capture.ParseSpoolRef(capture.Header(m.Header))
 		require.True(b.t, ok, "message without spool reference")
 		got.ref = ref
@@ -474,4 +480,8 @@ func copyDir(t *testing.T, from, to string) {
 	t.Helper()
 	require.NoError(t, os.RemoveAll(to))
 	require.NoError(t, os.CopyFS(to, os.DirFS(from)))
+}
+
+func (g *gateway) registry() *prometheus.Registry {
+	return g.o.Registry.(*prometheus.Registry)
 }
