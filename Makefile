@@ -54,6 +54,10 @@ bench: build ## compare with nginx: requests/s, latency, CPU and memory, side by
 	@e2e/bench/install.sh
 	@go run ./e2e/cmd/bench -bin bin
 
+.PHONY: bench-memory
+bench-memory: build ## send 5 GiB of large bodies through standalone; its memory must stay below 300 MiB
+	@go run ./e2e/cmd/bench -bin bin -bodies 5120
+
 .PHONY: lint
 lint: tools ## run staticcheck in every module
 	@for m in $(MODULES); do (cd $$m && GOWORK=off $(CURDIR)/.tools/staticcheck ./...); done

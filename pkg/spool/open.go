@@ -37,7 +37,7 @@ func Open(o Options) (*Spool, error) {
 		nextIndex: 1,
 		nextSeq:   1,
 	}
-	s.maxPending = max(8<<20, 2*s.maxSlot)
+	s.maxPending = max(4<<20, 2*s.maxSlot)
 	for _, half := range [][]byte{s.start[:8], s.start[8:]} {
 		binary.LittleEndian.PutUint64(half, randomUint64())
 	}

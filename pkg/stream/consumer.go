@@ -24,7 +24,7 @@ type ConsumerOptions struct {
 	// by itself is then spread thin, and a repeated batch is still short.
 	MaxBatch int
 	// MaxBatchBytes is the size at which a batch is full; the message that
-	// crosses it is still in it. 0 means 8 MiB. The loop holds at most three times
+	// crosses it is still in it. 0 means 4 MiB. The loop holds at most three times
 	// as much: a batch that is committed, one that waits, and what the open
 	// request may bring.
 	MaxBatchBytes int
@@ -102,7 +102,7 @@ func NewConsumer(o ConsumerOptions) (*Consumer, error) {
 		o.MaxBatch = 500
 	}
 	if o.MaxBatchBytes == 0 {
-		o.MaxBatchBytes = 8 << 20
+		o.MaxBatchBytes = 4 << 20
 	}
 	if o.FlushAfter == 0 {
 		o.FlushAfter = 10 * time.Millisecond

@@ -36,10 +36,11 @@ func main() {
 	flag.DurationVar(&b.duration, "duration", 8*time.Second, "load of one stack in one round")
 	flag.IntVar(&b.connections, "connections", 64, "connections of the load")
 	only := flag.String("only", "", "run this stack alone")
+	bodies := flag.Int64("bodies", 0, "instead, send so many MiB of large bodies through standalone and look at its memory")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	if err := b.run(ctx, *only); err != nil {
+	if err := b.run(ctx, *only, *bodies<<20); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		stop()
 		os.Exit(1)
@@ -74,7 +75,7 @@ type figures struct {
 	Errors                                    int
 }
 
-func (b *bench) run(ctx context.Context, only string) (err error) {
+func (b *bench) run(ctx context.Context, only string, bodies int64) (err error) {
 	if b.dir, err = os.MkdirTemp("", "bench-"); err != nil {
 		return fmt.Errorf("make a directory: %w", err)
 	}
@@ -83,6 +84,9 @@ func (b *bench) run(ctx context.Context, only string) (err error) {
 		if *p, err = filepath.Abs(*p); err != nil {
 			return fmt.Errorf("resolve a path: %w", err)
 		}
+	}
+	if bodies > 0 {
+		return b.bodies(ctx, bodies)
 	}
 	api, err := b.startNginx(ctx, "api", "location / { return 200 ok; }", "")
 	if err != nil {
