@@ -179,8 +179,8 @@ func TestEventsInEveryForm(t *testing.T) {
 			status, text := w.ask(ask[0], ask[1], ask[2])
 			require.Equal(t, http.StatusAccepted, status, "%d: %s", i, text)
 		}
-		w.nats("pub", "holdfast.completions.default.event", event(5))
-		w.nats("pub", "holdfast.completions._.event", "["+event(6)+"]")
+		w.cli("pub", "holdfast.completions.default.event", event(5))
+		w.cli("pub", "holdfast.completions._.event", "["+event(6)+"]")
 		w.await("processed", ids(all)...)
 		require.Empty(t, w.replayable())
 		w.nothingLeft()

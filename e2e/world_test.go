@@ -1,6 +1,7 @@
 package e2e_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"database/sql"
@@ -16,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 	"github.com/stretchr/testify/require"
 	_ "modernc.org/sqlite" // the ledger's write lock is taken with SQL
 
@@ -93,7 +96,7 @@ func prepare(t *testing.T, topology harness.Topology, dir string, s settings) *w
 	w.client = &http.Client{Transport: transport, Timeout: patience}
 	t.Cleanup(func() {
 		transport.CloseIdleConnections()
-		if t.Failed() {
+		if t.Failed() || os.Getenv("SHOW") != "" {
 			w.showLogs(dir)
 		}
 		w.Close()
@@ -351,7 +354,7 @@ func (w *world) lockLedger() (unlock func()) {
 }
 
 // nats runs the stock nats command.
-func (w *world) nats(args ...string) string {
+func (w *world) cli(args ...string) string {
 	w.t.Helper()
 	ctx, cancel := context.WithTimeout(w.t.Context(), patience)
 	defer cancel()
@@ -373,4 +376,82 @@ func (w *world) ask(method, url, body string) (status int, text string) {
 	b, err := io.ReadAll(resp.Body)
 	require.NoError(w.t, err)
 	return resp.StatusCode, string(b)
+}
+
+// jetStream connects to the broker as an operator would.
+func (w *world) jetStream() jetstream.JetStream {
+	w.t.Helper()
+	nc, err := nats.Connect(w.NATSURL(), nats.MaxReconnects(-1), nats.ReconnectWait(50*time.Millisecond))
+	require.NoError(w.t, err)
+	w.t.Cleanup(nc.Close)
+	js, err := jetstream.New(nc)
+	require.NoError(w.t, err)
+	return js
+}
+
+// publish puts a message into a stream, as somebody does who is not Holdfast.
+// header is name, value, name, value.
+func (w *world) publish(js jetstream.JetStream, subject string, data []byte, header ...string) {
+	w.t.Helper()
+	m := &nats.Msg{Subject: subject, Data: data, Header: nats.Header{}}
+	for i := 0; i < len(header); i += 2 {
+		m.Header.Set(header[i], header[i+1])
+	}
+	_, err := js.PublishMsg(w.t.Context(), m)
+	require.NoError(w.t, err)
+}
+
+// publishRequest puts a request into the stream by the gateway's own codec.
+func (w *world) publishRequest(js jetstream.JetStream, r *capture.Request) {
+	w.t.Helper()
+	m := r.Message()
+	w.publish(js, m.Subject, append(bytes.Clone(r.Head), r.Body...), capture.HeaderID, m.ID, capture.HeaderCapture, m.Capture)
+}
+
+// passed reports whether everything that a stream holds has been acknowledged.
+func (w *world) passed(js jetstream.JetStream, streamName, durable string) bool {
+	s, err := js.Stream(w.t.Context(), streamName)
+	if err != nil {
+		return false
+	}
+	c, err := s.Consumer(w.t.Context(), durable)
+	return err == nil && c.CachedInfo().AckFloor.Stream == s.CachedInfo().State.LastSeq
+}
+
+// awaitPassed waits until recorder and acker have taken all there is.
+func (w *world) awaitPassed(js jetstream.JetStream) {
+	w.t.Helper()
+	require.Eventually(w.t, func() bool {
+		return w.passed(js, capture.RequestsStream, capture.RecorderDurable) && w.passed(js, capture.CompletionsStream, capture.AckerDurable)
+	}, patience, 20*time.Millisecond, "recorder and acker have taken all there is")
+}
+
+// aside is a message that was set aside, as the read API tells.
+type aside struct {
+	Kind      string `json:"kind"`
+	Reason    string `json:"reason"`
+	Subject   string `json:"subject"`
+	RequestID string `json:"request_id"`
+}
+
+func (w *world) asides() []aside {
+	w.t.Helper()
+	var list struct {
+		Aside []aside `json:"aside"`
+	}
+	require.NoError(w.t, harness.GetJSON(w.t.Context(), w.RecorderURL()+"/v1/aside?limit=100", &list))
+	return list.Aside
+}
+
+// alter changes the ledger's file behind Holdfast's back.
+func (w *world) alter(statement string, args ...any) {
+	w.t.Helper()
+	db, err := sql.Open("sqlite", "file:"+w.Ledger()+"?_pragma=busy_timeout(20000)")
+	require.NoError(w.t, err)
+	defer db.Close()
+	result, err := db.ExecContext(w.t.Context(), statement, args...)
+	require.NoError(w.t, err)
+	n, err := result.RowsAffected()
+	require.NoError(w.t, err)
+	require.Equal(w.t, int64(1), n, "rows altered")
 }
