@@ -7,6 +7,7 @@ import (
 	"database/sql"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -20,6 +21,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 	_ "modernc.org/sqlite" // the ledger's write lock is taken with SQL
 
 	"github.com/holdfast-io/holdfast/e2e/harness"
@@ -195,6 +197,9 @@ type request struct {
 		Status    int       `json:"status"`
 		Verdict   string    `json:"verdict"`
 	} `json:"attempts"`
+	Events []struct {
+		Attempt int `json:"attempt"`
+	} `json:"events"`
 }
 
 // look reads one request; ok is false when the read API does not know it, or is
@@ -363,6 +368,30 @@ func (w *world) cli(args ...string) string {
 	out, err := cmd.CombinedOutput()
 	require.NoError(w.t, err, string(out))
 	return string(out)
+}
+
+// onTerminal runs a command that wants a terminal, and gives what it shows.
+func (w *world) onTerminal(name string, args ...string) string {
+	w.t.Helper()
+	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	require.NoError(w.t, err)
+	defer master.Close()
+	require.NoError(w.t, unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0))
+	n, err := unix.IoctlGetInt(int(master.Fd()), unix.TIOCGPTN)
+	require.NoError(w.t, err)
+	terminal, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
+	require.NoError(w.t, err)
+	ctx, cancel := context.WithTimeout(w.t.Context(), patience)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Env = append(os.Environ(), "HOME="+w.t.TempDir(), "TERM=dumb")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = terminal, terminal, terminal
+	err = cmd.Start()
+	require.NoError(w.t, errors.Join(err, terminal.Close()))
+	shown, err := io.ReadAll(master)
+	require.ErrorIs(w.t, err, unix.EIO) // this is how a terminal ends
+	require.NoError(w.t, cmd.Wait(), string(shown))
+	return string(shown)
 }
 
 // ask sends a request to one of our own APIs.
