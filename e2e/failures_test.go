@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-io/holdfast/e2e/harness"
+	"github.com/holdfast-io/holdfast/e2e/proc"
 )
 
 // The tests of this file are the rows of the design's failure table, in its
@@ -348,6 +349,40 @@ func TestFailureOfTheLedger(t *testing.T) {
 		w.replayed(good, 1)
 		w.replayed(bad, 2)
 		w.awaitSpool()
+	})
+}
+
+// A replayer that was killed has left a run with a selection of its own. One
+// command finishes it, and sends what has failed since.
+func TestFailureOfTheReplayer(t *testing.T) {
+	both(t, settings{"UPSTREAM_TIMEOUT": "1s"}, func(t *testing.T, w *world) {
+		w.api.now(broken)
+		before := w.sends(10, http.StatusInternalServerError)
+		w.await("failed", ids(before)...)
+		letGo := make(chan struct{})
+		w.api.now(hangs(letGo))
+		killed, err := proc.Start(proc.Spec{
+			Name: "replayer-to-be-killed", Path: filepath.Join(bin, "replayer"), Args: []string{"run", "--concurrency", "2"},
+			Env: w.Env("replayer"), Dir: t.TempDir(),
+		})
+		require.NoError(t, err)
+		w.api.await(len(before) + 1) // in the middle of an attempt
+		killed.Kill()
+		close(letGo)
+		w.api.now(broken)
+		after := w.sends(5, http.StatusInternalServerError)
+		w.await("failed", ids(after)...)
+
+		w.api.now(works)
+		sent := w.api.count()
+		r := w.replay(0, "--wait", "30s")
+		require.Equal(t, "finished", r.End)
+		require.Len(t, w.api.ids(), len(before)+len(after))
+		require.Equal(t, len(before)+len(after), w.api.count()-sent, "each was sent once")
+		for _, s := range append(before, after...) {
+			w.await("processed", s.id)
+		}
+		w.nothingLeft()
 	})
 }
 

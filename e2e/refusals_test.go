@@ -307,6 +307,19 @@ func TestHealth(t *testing.T) {
 	})
 }
 
+func TestHealthOfAStandalone(t *testing.T) {
+	t.Parallel()
+	w := start(t, harness.Standalone, nil)
+	w.lockLedger()
+	w.sends(2, http.StatusCreated)
+	status, text := w.ask("GET", w.OpsURL(harness.Ingress)+"/livez", "")
+	require.Equal(t, http.StatusOK, status, text)
+	require.NoError(t, os.Rename(w.NATSDir(), w.NATSDir()+".away"))
+	require.NoError(t, os.Rename(w.SpoolDir(), w.SpoolDir()+".away"))
+	status, text = w.ask("GET", w.OpsURL(harness.Ingress)+"/livez", "")
+	require.Equal(t, http.StatusOK, status, text)
+}
+
 func TestHelpAndConfiguration(t *testing.T) {
 	t.Parallel()
 	for binary, names := range map[string][]string{

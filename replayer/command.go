@@ -313,6 +313,13 @@ func (a *app) run(ctx context.Context, send sending, output string) error {
 
 	a.orderly.Store(true)
 	report, err := Run(ctx, o)
+	for err == nil && report.PickedUp && report.Newer && report.End == EndFinished && o.Limit == 0 {
+		// The selection of a process that died was frozen long ago. This command
+		// is about what matches now.
+		a.logger.Info("the run that was left unfinished is finished, and a new one begins with what has come since", "run", report.Run)
+		o.Progress = NewProgress(a.Stderr, a.logger, o.Clock)
+		report, err = Run(ctx, o)
+	}
 	if err != nil {
 		return err
 	}
