@@ -59,6 +59,10 @@ func run(m *testing.M) (code int, err error) {
 	if natsServer, err = harness.Build(ctx, root, bin); err != nil {
 		return 0, err
 	}
+	// They wait most of the time, for leases, graces and words.
+	if err := flag.Set("test.parallel", "5"); err != nil {
+		return 0, err
+	}
 	code = m.Run()
 	http.DefaultClient.CloseIdleConnections()
 	if code == 0 {
