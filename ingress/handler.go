@@ -124,11 +124,35 @@ func (t *transaction) log() {
 }
 
 func (t *transaction) refuse(rf refusal) {
+	t.readRest()
 	t.code, t.errText = rf.status, rf.detail
 	if t.state != "" {
 		t.w.Header()[capture.HTTPHeaderStored] = []string{string(t.state)}
 	}
 	rf.write(t.w, t.id)
+}
+
+// restBytes and restTime bound what is read of a body that nobody wants: as much
+// as clients commonly send, in the time in which they send it.
+const (
+	restBytes = 8 << 20
+	restTime  = time.Second
+)
+
+// readRest reads what is left of a body before an answer that is given without
+// it: the server closes the connection otherwise, and a client that is still
+// sending may see it broken and miss the answer. Who waits for "100 Continue"
+// sends nothing yet.
+func (t *transaction) readRest() {
+	if n := t.r.ContentLength; n <= 0 || n > restBytes || t.r.Header["Expect"] != nil {
+		return
+	}
+	control := http.NewResponseController(t.w)
+	if control.SetReadDeadline(time.Now().Add(restTime)) != nil {
+		return
+	}
+	_, _ = io.Copy(io.Discard, t.r.Body) // it is refused all the same
+	_ = control.SetReadDeadline(time.Time{})
 }
 
 // serve admits the request and chooses how its body travels.
