@@ -191,6 +191,13 @@ func (a *api) of(id string) []arrival {
 	return all
 }
 
+// overlapping gives the ids that arrived while they were being worked on.
+func (a *api) overlapping() []string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Clone(a.overlaps)
+}
+
 // count is how many requests have arrived, repeats included.
 func (a *api) count() int {
 	a.mu.Lock()

@@ -147,12 +147,11 @@ func TestFailureBeforeTheEvent(t *testing.T) {
 		w.awaitReplayable(ids(late)...)
 		require.Equal(t, 4, w.api.count())
 
-		// The API sends its event with the replay: the run waits for it.
+		// The API sends its event with the replay.
 		w.api.now(func(rw http.ResponseWriter, r *http.Request, a arrival) {
 			works(rw, r, a)
-			status, text := w.ask("POST", w.AckerURL()+"/v1/completions", fmt.Sprintf(`{"id":%q,"outcome":"processed","attempt":%d}`, a.ID, a.Attempt))
-			if status != http.StatusAccepted {
-				t.Errorf("the event for %s: %d: %s", a.ID, status, text)
+			if err := w.complete(a.ID, a.Attempt); err != nil {
+				t.Error(err)
 			}
 		})
 		// Those in their long grace stay.

@@ -394,6 +394,24 @@ func (w *world) onTerminal(name string, args ...string) string {
 	return string(shown)
 }
 
+// complete reports over HTTP that the API has processed a request, and returns
+// nil once that is durable. The API's handlers call it.
+func (w *world) complete(id string, attempt int) error {
+	r, err := http.NewRequest(http.MethodPut, w.AckerURL()+"/v1/completions/"+id, strings.NewReader(fmt.Sprintf(`{"attempt":%d}`, attempt)))
+	if err != nil {
+		return err
+	}
+	resp, err := w.client.Do(r)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusAccepted {
+		return fmt.Errorf("completion of %s: status %d", id, resp.StatusCode)
+	}
+	return nil
+}
+
 // ask sends a request to one of our own APIs.
 func (w *world) ask(method, url, body string) (status int, text string) {
 	w.t.Helper()
