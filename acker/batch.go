@@ -32,7 +32,6 @@ func (s *Service) commit(ctx context.Context, batch []stream.Msg) error {
 		decoded, err := decode(&batch[i])
 		if err != nil {
 			refused[i] = err
-			continue
 		}
 		for _, f := range decoded {
 			facts, source = append(facts, f), append(source, i)
@@ -58,9 +57,7 @@ func (s *Service) commit(ctx context.Context, batch []stream.Msg) error {
 		// Only the gateway's own subject releases spool records: an API must not
 		// be able to have one dropped.
 		if capture.IsOutcomeSubject(batch[i].Subject) {
-			if ref, ok := capture.ParseSpoolRef(batch[i].Header); ok {
-				s.words.Add(ref)
-			}
+			s.words.Add(capture.ParseSpoolRefs(batch[i].Header)...)
 		}
 	}
 	s.words.Publish()
@@ -88,15 +85,17 @@ func (s *Service) setAside(ctx context.Context, batch []stream.Msg, refused map[
 }
 
 // decode reads the facts of one message. What it is depends on its subject
-// alone, never on its form.
+// alone, never on its form. Of outcomes, those that can be read count although
+// others cannot.
 func decode(m *stream.Msg) ([]ledger.Fact, error) {
 	switch {
 	case capture.IsOutcomeSubject(m.Subject):
-		o, err := capture.DecodeOutcome(m.Data)
-		if err != nil {
-			return nil, err
+		outcomes, err := capture.DecodeOutcomes(m.Data)
+		facts := make([]ledger.Fact, len(outcomes))
+		for i := range outcomes {
+			facts[i].Outcome = &outcomes[i]
 		}
-		return []ledger.Fact{{Outcome: &o}}, nil
+		return facts, err
 	case capture.IsEventSubject(m.Subject):
 		events, err := capture.DecodeEvents(m.Data, maxEvents)
 		if err != nil {

@@ -53,19 +53,20 @@ func (t *transaction) readInline(size int64) (n int, whole, ok bool) {
 		t.b.body = t.b.body[:0]
 		return 0, true, true
 	}
-	src := t.clientBody()
-	defer src.done()
 	if size > 0 {
 		if int64(cap(t.b.body)) < size {
 			t.b.body = make([]byte, size)
 		}
 		t.b.body = t.b.body[:size]
-		if _, err := io.ReadFull(src, t.b.body); err != nil {
+		// The server's own time limit for head and body is enough for so little.
+		if _, err := io.ReadFull(t.r.Body, t.b.body); err != nil {
 			t.clientBroke(err)
 			return 0, false, false
 		}
 		return int(size), true, true
 	}
+	src := t.clientBody()
+	defer src.done()
 	limit := int(t.h.inline) + 1
 	body := t.b.body[:0]
 	defer func() { t.b.body = body }()
@@ -249,6 +250,13 @@ func (t *transaction) abandon() {
 // waitSynced waits until all records of the capture are durable. Each is asked
 // for: they may lie in segments of which an earlier one failed.
 func (t *transaction) waitSynced() error {
+	// Mostly the fsync is over when the API has answered, and a wait would cost
+	// its timer for nothing.
+	if len(t.b.places) == 1 {
+		if done, err := t.h.spool.Synced(t.b.places[0]); done {
+			return err
+		}
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), t.h.times.store)
 	defer cancel()
 	for _, place := range t.b.places {

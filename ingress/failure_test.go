@@ -130,10 +130,10 @@ func TestNoRoomOnTheDisk(t *testing.T) {
 }
 
 func TestBodyTooLarge(t *testing.T) {
-	var arrived atomic.Int32
 	const most = 1 << 20
 	for _, inline := range []int{64 << 10, 768 << 10} {
 		for _, limit := range []int{most, 1000} {
+			var arrived atomic.Int32
 			g, _ := run(t, func(w http.ResponseWriter, r *http.Request) { arrived.Add(1); ok(w, r) },
 				set(func(s *Settings) { s.MaxBodyBytes = sizeOf(limit); s.InlineBytes = sizeOf(inline) }))
 			for name, body := range map[string]io.Reader{"known": bytes.NewReader(pattern(limit + 1)), "unknown": unsized(pattern(limit + 1))} {
@@ -146,7 +146,6 @@ func TestBodyTooLarge(t *testing.T) {
 			require.Equal(t, 200, g.must("POST", "/", unsized(pattern(limit))).StatusCode)
 			require.Equal(t, 200, g.must("POST", "/", bytes.NewReader(pattern(limit))).StatusCode)
 			require.Equal(t, 413, g.must("GET", "/", unsized(pattern(limit+1))).StatusCode, "uncaptured")
-			arrived.Store(0)
 			g.stop()
 		}
 	}

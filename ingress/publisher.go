@@ -1,21 +1,13 @@
 package ingress
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
-	"slices"
-	"strconv"
-	"strings"
-	"sync"
 	"time"
 
-	"github.com/google/uuid"
 	"github.com/nats-io/nats.go"
 
 	"github.com/holdfast-io/holdfast/pkg/capture"
@@ -34,6 +26,9 @@ const (
 	// retryMin and retryMax bound the pause after a refusal that may pass.
 	retryMin = 100 * time.Millisecond
 	retryMax = 5 * time.Second
+	// maxOutcomes bounds the outcomes that share one message: what a message
+	// costs is spread thin by then, and a repeated one is still short.
+	maxOutcomes = 64
 )
 
 // publisher takes what is in the spool to the streams, in order, and again
@@ -51,6 +46,16 @@ type publisher struct {
 	// message is used over and over: publishing copies it.
 	message nats.Msg
 	values  [3][1]string
+	refs    []byte
+
+	// outcomes were read and wait for others to share a message with. They go
+	// out before the publisher waits for anything.
+	outcomes struct {
+		subject string
+		start   spool.StartID
+		indexes []uint64
+		data    []byte
+	}
 
 	retry    time.Duration // the last pause
 	looked   time.Time     // when unreleased records were last looked after
@@ -152,6 +157,7 @@ func (p *publisher) run(ctx context.Context) error {
 				return p.ended(ctx, err)
 			}
 			p.m.republished.Inc()
+			p.dropOutcomes() // they are read again
 			reader.Rewind(p.window.restart())
 			continue
 		}
@@ -161,6 +167,11 @@ func (p *publisher) run(ctx context.Context) error {
 		waiting, cancel := ctx, context.CancelFunc(func() {})
 		rec, ok, err := reader.TryNext()
 		if err == nil && !ok {
+			if sent, err := p.flushOutcomes(ctx); err != nil {
+				return p.ended(ctx, err)
+			} else if !sent {
+				continue // the window has failed
+			}
 			waiting, cancel = context.WithTimeout(ctx, idleWait)
 			rec, err = reader.Next(waiting)
 		}
@@ -209,28 +220,84 @@ func (p *publisher) pause(ctx context.Context) error {
 // pass end in the window, whose owner goes back to where they began; ok is false
 // when that must come before anything else is published.
 func (p *publisher) publish(ctx context.Context, rec spool.Record) (ok bool, err error) {
-	n, added, err := p.window.add(ctx, rec.Position, len(rec.Data))
+	msg, err := capture.ParseRecord(rec.Data)
+	if err != nil {
+		return p.send(ctx, capture.Message{}, err.Error(), rec.Position.Start, rec.Position.Index)
+	}
+	if capture.IsOutcomeSubject(msg.Subject) {
+		return p.gather(ctx, msg, rec.Position)
+	}
+	return p.send(ctx, msg, "", rec.Position.Start, rec.Position.Index)
+}
+
+// gather keeps an outcome until there are enough for a message.
+func (p *publisher) gather(ctx context.Context, msg capture.Message, at spool.Position) (ok bool, err error) {
+	o := &p.outcomes
+	if len(o.indexes) > 0 && (o.subject != msg.Subject || o.start != at.Start) {
+		if ok, err := p.flushOutcomes(ctx); err != nil || !ok {
+			return ok, err
+		}
+	}
+	o.subject, o.start = msg.Subject, at.Start
+	o.indexes = append(o.indexes, at.Index)
+	if len(o.data) > 0 {
+		o.data = append(o.data, '\n')
+	}
+	o.data = append(o.data, msg.Data...)
+	if len(o.indexes) < maxOutcomes {
+		return true, nil
+	}
+	return p.flushOutcomes(ctx)
+}
+
+// flushOutcomes sends the outcomes that were gathered.
+func (p *publisher) flushOutcomes(ctx context.Context) (ok bool, err error) {
+	o := &p.outcomes
+	if len(o.indexes) == 0 {
+		return true, nil
+	}
+	ok, err = p.send(ctx, capture.Message{Subject: o.subject, Data: o.data}, "", o.start, o.indexes...)
+	p.dropOutcomes()
+	return ok, err
+}
+
+func (p *publisher) dropOutcomes() {
+	p.outcomes.indexes, p.outcomes.data = p.outcomes.indexes[:0], p.outcomes.data[:0]
+}
+
+// send publishes a message that holds records of one start, or sets them aside
+// when bad says why they cannot be.
+func (p *publisher) send(ctx context.Context, msg capture.Message, bad string, start spool.StartID, indexes ...uint64) (ok bool, err error) {
+	resume := spool.Position{Start: start, Index: indexes[0]}
+	if len(p.outcomes.indexes) > 0 {
+		resume = spool.Position{Start: p.outcomes.start, Index: p.outcomes.indexes[0]}
+	}
+	n, added, err := p.window.add(ctx, resume, len(msg.Data)+len(msg.Capture), start, indexes...)
 	if err != nil || added == failed {
 		return false, err
 	}
 	if added == known {
 		return true, nil
 	}
-	msg, err := capture.ParseRecord(rec.Data)
-	if err != nil {
-		p.aside(n.number, rec.Position, err.Error())
+	if bad != "" {
+		p.aside(n.number, bad, spool.Position{Start: start, Index: indexes[0]})
 		return true, nil
 	}
 	p.message.Subject, p.message.Data = msg.Subject, msg.Data
 	p.message.Reply = n.reply
 	p.header(0, capture.HeaderID, msg.ID)
 	p.header(1, capture.HeaderCapture, msg.Capture)
-	p.header(2, capture.HeaderSpool, capture.SpoolRef{Ingress: p.ingress, Start: rec.Position.Start.String(), Index: rec.Position.Index}.String())
+	p.refs = capture.AppendSpoolRefs(p.refs[:0], p.ingress, start.String(), indexes...)
+	p.header(2, capture.HeaderSpool, string(p.refs))
 	err = p.nc.PublishMsg(&p.message)
 	switch {
 	case err == nil:
 	case errors.Is(err, nats.ErrMaxPayload), errors.Is(err, nats.ErrBadSubject), errors.Is(err, nats.ErrBadHeaderMsg):
-		p.aside(n.number, rec.Position, err.Error())
+		positions := make([]spool.Position, len(indexes))
+		for i, index := range indexes {
+			positions[i] = spool.Position{Start: start, Index: index}
+		}
+		p.aside(n.number, err.Error(), positions...)
 	default:
 		p.window.fail(n.number)
 	}
@@ -246,14 +313,16 @@ func (p *publisher) header(i int, name, value string) {
 	p.message.Header[name] = p.values[i][:]
 }
 
-// aside keeps a record that no broker will ever take, so that it blocks
-// nothing behind it.
-func (p *publisher) aside(number uint64, at spool.Position, reason string) {
-	p.m.publishError.WithLabelValues("aside").Inc()
-	p.log.Error("a spool record was set aside", "start", at.Start.String(), "index", at.Index, "err", reason)
-	if err := p.spool.SetAside(at, reason); err != nil && !errors.Is(err, spool.ErrUnknown) {
-		// It stays in the spool, unreleased and visible, and is tried again later.
-		p.log.Error("setting a spool record aside failed", "start", at.Start.String(), "index", at.Index, "err", err)
+// aside keeps records that no broker will ever take, so that they block
+// nothing behind them.
+func (p *publisher) aside(number uint64, reason string, positions ...spool.Position) {
+	for _, at := range positions {
+		p.m.publishError.WithLabelValues("aside").Inc()
+		p.log.Error("a spool record was set aside", "start", at.Start.String(), "index", at.Index, "err", reason)
+		if err := p.spool.SetAside(at, reason); err != nil && !errors.Is(err, spool.ErrUnknown) {
+			// It stays in the spool, unreleased and visible, and is tried again later.
+			p.log.Error("setting a spool record aside failed", "start", at.Start.String(), "index", at.Index, "err", err)
+		}
 	}
 	p.window.settle(number)
 }
@@ -285,7 +354,7 @@ func (p *publisher) doubt(now time.Time) {
 // would put it further behind.
 func (p *publisher) lookAfter(ctx context.Context) error {
 	for _, r := range p.window.takeRefused() {
-		p.aside(r.number, r.position, r.reason)
+		p.aside(r.number, r.reason, r.positions...)
 	}
 	now := time.Now()
 	if now.Sub(p.looked) < p.times.look {
@@ -328,12 +397,21 @@ func (p *publisher) lookAfter(ctx context.Context) error {
 			p.window.forget(k)
 			reader.Until(mark.position)
 		}
+		// What the other reader has gathered must not mix with what is read here: each
+		// goes back to its own place.
+		if ok, err := p.flushOutcomes(ctx); err != nil || !ok {
+			return err
+		}
 		n, err := p.pass(ctx, reader, func(rec spool.Record) (bool, error) {
 			if msg, err := capture.ParseRecord(rec.Data); err == nil && kind(isCompletion(msg)) != k {
 				return true, nil
 			}
 			return p.publish(ctx, rec)
 		})
+		if err == nil {
+			// What fails here is in the window, whose owner goes back.
+			_, err = p.flushOutcomes(ctx)
+		}
 		if err != nil {
 			return err
 		}
@@ -369,344 +447,4 @@ func (p *publisher) pass(ctx context.Context, reader *spool.Reader, f func(spool
 		}
 		n++
 	}
-}
-
-// orphan is a body without head.
-type orphan struct {
-	capture.Abandon
-	method string
-}
-
-// findOrphans looks for bodies of an earlier start that have chunks and no head
-// in the spool: the process was killed before it had read them whole. Where a
-// head did reach the ledger, abandoning changes nothing there.
-func (p *publisher) findOrphans(ctx context.Context) error {
-	found := make(map[uuid.UUID]orphan)
-	var decoder capture.Decoder
-	own := p.spool.Start()
-	_, err := p.pass(ctx, p.spool.UnreleasedBefore(time.Now()), func(rec spool.Record) (bool, error) {
-		if rec.Position.Start == own {
-			return true, nil
-		}
-		msg, err := capture.ParseRecord(rec.Data)
-		if err != nil || msg.Capture == "" {
-			return true, nil // whoever publishes it deals with it
-		}
-		c, err := decoder.Decode(msg.Subject, capture.Header{capture.HeaderID: {msg.ID}, capture.HeaderCapture: {msg.Capture}}, msg.Data)
-		switch {
-		case err != nil:
-		case c.Chunk != nil:
-			method := msg.Subject[strings.LastIndexByte(msg.Subject, '.')+1:]
-			found[c.Chunk.ID] = orphan{capture.Abandon{ID: c.Chunk.ID, Route: c.Chunk.Route, Ingress: c.Chunk.Ingress}, method}
-		default:
-			delete(found, c.ID())
-		}
-		return true, nil
-	})
-	p.orphaned = slices.Collect(maps.Values(found))
-	return err
-}
-
-// abandonOrphans writes an abandon record for each orphan. In a full spool they
-// wait: it is publishing that makes room.
-func (p *publisher) abandonOrphans() {
-	for len(p.orphaned) > 0 {
-		o := p.orphaned[0]
-		record := o.Message(o.method).AppendEnvelope(nil)
-		res, err := p.spool.Reserve(1, int64(len(record)))
-		if err == nil {
-			_, err = res.AppendWritten(record)
-			res.Release()
-		}
-		if err != nil {
-			p.log.Debug("chunks without head are not abandoned yet", "request_id", o.ID.String(), "err", err)
-			return
-		}
-		p.log.Info("chunks of an unfinished body were abandoned", "request_id", o.ID.String())
-		p.orphaned = p.orphaned[1:]
-	}
-}
-
-// inflight names one published record: its number, and the subject on which
-// its acknowledgement comes.
-type inflight struct {
-	number uint64
-	reply  string
-}
-
-// window is what was published and not yet acknowledged, in order. Numbers
-// count on for ever; those from first to next-1 are in the window.
-type window struct {
-	inbox   string
-	changed chan struct{} // something was settled or failed; room for one
-	ackWait time.Duration
-	m       *metrics
-
-	mu      sync.Mutex
-	entries [windowRecords]entry // by number modulo its length
-	first   uint64
-	next    uint64
-	bytes   int
-	failed  bool
-	back    spool.Position // where to go back to, once failed
-	refused []refused
-	moved   bool // the oldest was acknowledged since the last failure
-
-	// done holds what was acknowledged behind the record that made the publisher
-	// go back: a stream that has room must not get it again while another is full.
-	done map[spool.Position]struct{}
-
-	marks [2]mark      // by kind
-	words [2]time.Time // when the last word came
-}
-
-// mark is a record that was released, and when that became known. All that
-// were published before it should be released soon.
-type mark struct {
-	position spool.Position
-	at       time.Time
-}
-
-// added is what became of a record that was to enter the window.
-type added int
-
-const (
-	entered added = iota
-	known         // it is acknowledged already, and not to be published
-	failed        // the publisher must go back first, and read it again
-)
-
-type entry struct {
-	position spool.Position
-	bytes    int
-	at       time.Time
-	settled  bool // acknowledged, or set aside
-}
-
-type refused struct {
-	number   uint64
-	position spool.Position
-	reason   string
-}
-
-// add waits for room and takes the next number.
-func (w *window) add(ctx context.Context, at spool.Position, bytes int) (inflight, added, error) {
-	for {
-		w.mu.Lock()
-		switch {
-		case w.failed:
-			w.mu.Unlock()
-			return inflight{}, failed, nil
-		case w.next-w.first < windowRecords && (w.bytes+bytes <= windowBytes || w.next == w.first):
-			n := w.next
-			w.next++
-			if _, ok := w.done[at]; ok {
-				delete(w.done, at)
-				w.entries[n%windowRecords] = entry{position: at, at: time.Now(), settled: true}
-				w.shrink()
-				w.mu.Unlock()
-				return inflight{}, known, nil
-			}
-			w.entries[n%windowRecords] = entry{position: at, bytes: bytes, at: time.Now()}
-			w.bytes += bytes
-			w.mu.Unlock()
-			return inflight{number: n, reply: w.inbox + "." + strconv.FormatUint(n, 36)}, entered, nil
-		}
-		late := w.ackWait - time.Since(w.entries[w.first%windowRecords].at)
-		if late <= 0 {
-			w.goBack()
-			w.mu.Unlock()
-			return inflight{}, failed, nil
-		}
-		w.mu.Unlock()
-		timer := time.NewTimer(late)
-		select {
-		case <-w.changed:
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-			return inflight{}, failed, ctx.Err()
-		}
-		timer.Stop()
-	}
-}
-
-// goBack notes where the publisher must go back to. mu is held, and the window
-// is not empty. The place is kept even if all of it is acknowledged meanwhile:
-// what was read behind it may not have been published.
-func (w *window) goBack() {
-	if !w.failed {
-		w.failed, w.back = true, w.entries[w.first%windowRecords].position
-	}
-	w.signal()
-}
-
-// acknowledge takes the server's word about one record.
-func (w *window) acknowledge(m *nats.Msg) {
-	n, err := strconv.ParseUint(m.Subject[len(w.inbox)+1:], 36, 64)
-	if err != nil {
-		return
-	}
-	if m.Header == nil && !bytes.Contains(m.Data, []byte(`"error"`)) {
-		w.m.published.Inc()
-		w.settle(n)
-		return
-	}
-	var answer struct {
-		Error *struct {
-			Code        int    `json:"code"`
-			ErrCode     int    `json:"err_code"`
-			Description string `json:"description"`
-		} `json:"error"`
-	}
-	if json.Unmarshal(m.Data, &answer) != nil || answer.Error == nil || !refusedForGood(answer.Error.ErrCode) {
-		w.m.publishError.WithLabelValues("retry").Inc()
-		w.fail(n) // no responders, no room, too many at once: it may pass
-		return
-	}
-	w.refuse(n, answer.Error.Description)
-}
-
-// refusedForGood lists the errors that no repetition mends (nats-server,
-// server/errors.json).
-func refusedForGood(code int) bool {
-	switch code {
-	case 10054, // message size exceeds maximum allowed
-		10097: // header size exceeds maximum allowed of 64k
-		return true
-	}
-	return false
-}
-
-func (w *window) settle(n uint64) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if n < w.first || n >= w.next {
-		return
-	}
-	w.entries[n%windowRecords].settled = true
-	w.moved = w.moved || n == w.first
-	w.shrink()
-	w.signal()
-}
-
-// shrink moves the window behind what is settled at its begin. mu is held.
-func (w *window) shrink() {
-	for w.first < w.next && w.entries[w.first%windowRecords].settled {
-		w.bytes -= w.entries[w.first%windowRecords].bytes
-		w.first++
-	}
-}
-
-func (w *window) signal() {
-	select {
-	case w.changed <- struct{}{}:
-	default:
-	}
-}
-
-// fail makes the publisher go back to the oldest record of the window.
-func (w *window) fail(n uint64) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if n >= w.first && n < w.next {
-		w.goBack()
-	}
-}
-
-// failAll is fail for whatever is in the window.
-func (w *window) failAll() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.next > w.first {
-		w.goBack()
-	}
-}
-
-// takeProgress reports whether the oldest record was acknowledged since the
-// last call.
-func (w *window) takeProgress() bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	moved := w.moved
-	w.moved = false
-	return moved
-}
-
-func (w *window) refuse(n uint64, reason string) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if n >= w.first && n < w.next {
-		w.refused = append(w.refused, refused{n, w.entries[n%windowRecords].position, reason})
-		w.signal()
-	}
-}
-
-func (w *window) takeRefused() []refused {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	taken := w.refused
-	w.refused = nil
-	return taken
-}
-
-// mustGoBack reports whether something failed, which a late acknowledgement of
-// the oldest record is too.
-func (w *window) mustGoBack() bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.next > w.first && time.Since(w.entries[w.first%windowRecords].at) > w.ackWait {
-		w.goBack()
-	}
-	return w.failed
-}
-
-// restart empties the window after a failure, and gives the record to go on
-// with.
-func (w *window) restart() spool.Position {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if len(w.done) > windowRecords {
-		clear(w.done) // of released records, which nobody reads again
-	}
-	for n := w.first; n < w.next; n++ {
-		if e := w.entries[n%windowRecords]; e.settled {
-			w.done[e.position] = struct{}{}
-		}
-	}
-	w.first, w.bytes, w.failed, w.refused = w.next, 0, false, nil
-	return w.back
-}
-
-// pending is how many records wait for an acknowledgement.
-func (w *window) pending() float64 {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return float64(w.next - w.first)
-}
-
-// heard notes that a word has released a record of this start.
-func (w *window) heard(at spool.Position, completion bool) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	k, now := kind(completion), time.Now()
-	w.words[k] = now
-	if w.marks[k].at.IsZero() {
-		w.marks[k] = mark{at, now}
-	}
-}
-
-// evidence gives the mark of a kind, zero where there is none, and when the last
-// word came for it.
-func (w *window) evidence(kind int) (mark, time.Time) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.marks[kind], w.words[kind]
-}
-
-// forget lets the next word make the mark.
-func (w *window) forget(kind int) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.marks[kind] = mark{}
 }

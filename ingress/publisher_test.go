@@ -326,7 +326,7 @@ func TestWindow(t *testing.T) {
 		return &window{changed: make(chan struct{}, 1), done: map[spool.Position]struct{}{}, ackWait: time.Hour}
 	}
 	add := func(w *window, i uint64) (inflight, added) {
-		n, a, err := w.add(t.Context(), at(i), 10)
+		n, a, err := w.add(t.Context(), at(i), 10, spool.StartID{}, i)
 		require.NoError(t, err)
 		return n, a
 	}
@@ -381,7 +381,7 @@ func TestWindow(t *testing.T) {
 		}
 		got := make(chan added, 1)
 		go func() {
-			_, a, _ := w.add(t.Context(), at(windowRecords+1), 1)
+			_, a, _ := w.add(t.Context(), at(windowRecords+1), 1, spool.StartID{}, windowRecords+1)
 			got <- a
 		}()
 		w.settle(first.number)

@@ -110,9 +110,10 @@ func New(o Options) (_ *Service, err error) {
 	if err != nil {
 		return nil, err
 	}
-	// Answers may be streamed for as long as the API takes, which its own
-	// timeout bounds; bodies as long as a slow line needs.
-	server.HTTP.ReadTimeout, server.HTTP.WriteTimeout = 0, 0
+	// A head and a body that fits into one message come at once, or the client
+	// holds room for nothing; for larger bodies each part has this time. Answers
+	// may be streamed for as long as the API takes, which its own timeout bounds.
+	server.HTTP.ReadTimeout, server.HTTP.WriteTimeout = times.stalled, 0
 	// One message to the broker holds head and inline body: 1 MiB at most.
 	server.HTTP.MaxHeaderBytes = maxHead
 	// OPTIONS * is the API's, like every other target.

@@ -111,6 +111,30 @@ func DecodeOutcome(data []byte) (Outcome, error) {
 	return o, nil
 }
 
+// DecodeOutcomes reads the data of a message on [OutcomeSubject]: one outcome a
+// line. It returns all that can be read, and an error that joins those of the
+// lines that cannot.
+func DecodeOutcomes(data []byte) ([]Outcome, error) {
+	outcomes := make([]Outcome, 0, bytes.Count(data, []byte{'\n'})+1)
+	var errs []error
+	for line := range bytes.Lines(data) {
+		line = bytes.TrimSpace(line)
+		if len(line) == 0 {
+			continue
+		}
+		o, err := DecodeOutcome(line)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		outcomes = append(outcomes, o)
+	}
+	if len(outcomes) == 0 && len(errs) == 0 {
+		errs = append(errs, fmt.Errorf("decode outcomes: %w: none", ErrMalformed))
+	}
+	return outcomes, errors.Join(errs...)
+}
+
 // EventError says which event of several is at fault, and why.
 type EventError struct {
 	Index     int    // from 0

@@ -152,7 +152,7 @@ func (r *Request) Message() Message {
 		b = append(b, url.QueryEscape(r.OrderKey)...)
 	}
 	b = append(b, "; "...)
-	b = append(b, r.Policy.String()...)
+	b = r.Policy.appendTo(b)
 	return Message{Subject: RequestSubject(r.Route, r.Method()), ID: r.ID.String(), Capture: string(b)}
 }
 

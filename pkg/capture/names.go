@@ -27,9 +27,10 @@ const (
 	// HeaderCapture carries the parameters of a capture, a chunk or an abandon
 	// record, as "v=1; name=value; …".
 	HeaderCapture = "Holdfast-Capture"
-	// HeaderSpool names the spool record that the message was published from,
-	// as "<ingress>/<start>/<index>": whoever makes the message durable says so
-	// to that ingress.
+	// HeaderSpool names the spool records that the message was published from,
+	// as "<ingress>/<start>/<index>,…": whoever makes the message durable says so
+	// to that ingress. It is one record, but for outcomes, several of which share
+	// a message.
 	HeaderSpool = "Holdfast-Spool"
 	// HeaderVersion is the version of the message's form. Absent means 1.
 	HeaderVersion = "Holdfast-Version"

@@ -75,9 +75,19 @@ func (p Policy) Verdict(status int, whole, replay bool) Verdict {
 
 // String gives the policy as parameters, the form in which it travels and is
 // stored: "by=response; processed=2xx,3xx; failed=408,5xx; timeout=30s; grace=1m0s".
-func (p Policy) String() string {
-	return "by=" + string(p.By) + "; processed=" + string(p.Processed) + "; failed=" + string(p.Failed) +
-		"; timeout=" + p.Timeout.String() + "; grace=" + p.Grace.String()
+func (p Policy) String() string { return string(p.appendTo(nil)) }
+
+func (p Policy) appendTo(b []byte) []byte {
+	b = append(b, "by="...)
+	b = append(b, p.By...)
+	b = append(b, "; processed="...)
+	b = append(b, p.Processed...)
+	b = append(b, "; failed="...)
+	b = append(b, p.Failed...)
+	b = append(b, "; timeout="...)
+	b = append(b, p.Timeout.String()...)
+	b = append(b, "; grace="...)
+	return append(b, p.Grace.String()...)
 }
 
 // Validate reports everything that is wrong with the policy.

@@ -20,16 +20,54 @@ func (r SpoolRef) String() string {
 	return r.Ingress + "/" + r.Start + "/" + strconv.FormatUint(r.Index, 10)
 }
 
-// ParseSpoolRef reads the header of a message. ok is false when it has none or
-// a malformed one: then nobody waits for a word about it.
-func ParseSpoolRef(h Header) (ref SpoolRef, ok bool) {
+// AppendSpoolRefs appends the header's value for a message that was published
+// from several records of one process start: "<ingress>/<start>/<index>,<index>…".
+func AppendSpoolRefs(dst []byte, ingress, start string, indexes ...uint64) []byte {
+	dst = append(dst, ingress...)
+	dst = append(dst, '/')
+	dst = append(dst, start...)
+	for i, index := range indexes {
+		if i == 0 {
+			dst = append(dst, '/')
+		} else {
+			dst = append(dst, ',')
+		}
+		dst = strconv.AppendUint(dst, index, 10)
+	}
+	return dst
+}
+
+// maxRefs bounds the records that one message can name.
+const maxRefs = 4096
+
+// ParseSpoolRefs reads the header of a message: the records that it was
+// published from, in their order. A message without the header, or with a
+// malformed one, names none: then nobody waits for a word about it.
+func ParseSpoolRefs(h Header) []SpoolRef {
 	ingress, rest, ok1 := strings.Cut(first(h, HeaderSpool), "/")
-	start, index, ok2 := strings.Cut(rest, "/")
-	n, err := strconv.ParseUint(index, 10, 64)
-	if !ok1 || !ok2 || err != nil || !ValidIngress(ingress) || start == "" {
+	start, list, ok2 := strings.Cut(rest, "/")
+	if !ok1 || !ok2 || !ValidIngress(ingress) || start == "" {
+		return nil
+	}
+	refs := make([]SpoolRef, 0, strings.Count(list, ",")+1)
+	for index := range strings.SplitSeq(list, ",") {
+		n, err := strconv.ParseUint(index, 10, 64)
+		if err != nil || len(refs) == maxRefs {
+			return nil
+		}
+		refs = append(refs, SpoolRef{Ingress: ingress, Start: start, Index: n})
+	}
+	return refs
+}
+
+// ParseSpoolRef is [ParseSpoolRefs] for a message that names one record. ok is
+// false when it does not.
+func ParseSpoolRef(h Header) (ref SpoolRef, ok bool) {
+	refs := ParseSpoolRefs(h)
+	if len(refs) != 1 {
 		return SpoolRef{}, false
 	}
-	return SpoolRef{Ingress: ingress, Start: start, Index: n}, true
+	return refs[0], true
 }
 
 // Word releases spool records: what they hold is durable elsewhere. It travels

@@ -123,6 +123,7 @@ func (a App) main(args []string, stdout, stderr io.Writer) int {
 		return exitOK
 	}
 
+	tuneMemory()
 	common := a.Settings.base()
 	p := &Process{base: NewLogger(stderr, common.LogLevel, common.LogFormat), Ready: NewReadiness(), Out: stdout}
 	p.Logger = p.LoggerFor(a.Name)

@@ -407,6 +407,18 @@ func (s *Spool) WaitSynced(ctx context.Context, p Position) error {
 	}
 }
 
+// Synced is WaitSynced without waiting: done is false while the record is
+// neither durable nor failed.
+func (s *Spool) Synced(p Position) (done bool, err error) {
+	if p.Start != s.start {
+		return true, ErrUnknown
+	}
+	if s.synced.Load() < p.Index {
+		return false, nil
+	}
+	return true, s.verdict(p.Index)
+}
+
 // verdict says how the commit of a record ended.
 func (s *Spool) verdict(index uint64) error {
 	if s.synced.Load() >= index && s.failCount.Load() == 0 {
