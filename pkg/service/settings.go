@@ -65,7 +65,7 @@ type Streams struct {
 
 // Ledger says where the ledger is: recorder, acker, replayer, standalone.
 type Ledger struct {
-	LedgerURL ConnURL `split_words:"true" default:"sqlite://<data dir>/ledger.db" schemes:"sqlite,postgres,postgresql" secret:"true" desc:"the ledger: sqlite:// with a path, or postgres://"`
+	LedgerURL ConnURL `split_words:"true" default:"sqlite://<data dir>/ledger.db" schemes:"sqlite,postgres,postgresql" secret:"true" desc:"the ledger: sqlite:// with a path; postgres:// is not supported yet"`
 }
 
 // API says who may use the APIs of acker and recorder.
@@ -101,9 +101,9 @@ type Routes struct {
 	OnFailure       string        `split_words:"true" default:"passthrough" allowed:"passthrough,accept" desc:"what the client gets when the API fails: the failure, or 202 with the request's UUID once it is stored"`
 	Capture         string        `split_words:"true" default:"required" allowed:"required,best_effort,off" desc:"whether a request that cannot be stored is refused, passed on all the same, or none is stored"`
 	CaptureMethods  Methods       `split_words:"true" default:"POST,PUT,PATCH,DELETE" desc:"the methods that are captured, * for all; others are proxied uncaptured"`
-	OrderBy         string        `split_words:"true" desc:"header:NAME makes replays keep the order among requests with the same value of that header"`
+	OrderBy         string        `split_words:"true" desc:"header:NAME stores the value of that header with each request as its ordering key; replays do not keep the order within a key yet"`
 	Grace           time.Duration `split_words:"true" default:"1m" min:"0s" desc:"how long past its timeout a request without verdict stays untouched"`
-	RoutesFile      string        `split_words:"true" desc:"the file of routes; it replaces HOLDFAST_UPSTREAM_URL, _UPSTREAM_TIMEOUT, _COMPLETION, _ON_FAILURE, _CAPTURE, _CAPTURE_METHODS, _ORDER_BY and _GRACE"`
+	RoutesFile      string        `split_words:"true" desc:"the file of routes, not supported yet; it replaces HOLDFAST_UPSTREAM_URL, _UPSTREAM_TIMEOUT, _COMPLETION, _ON_FAILURE, _CAPTURE, _CAPTURE_METHODS, _ORDER_BY and _GRACE"`
 }
 
 // Validate checks the default route, unless a routes file replaces it.
@@ -144,7 +144,7 @@ type Ingress struct {
 	InlineBytes      ByteSize      `split_words:"true" default:"256KiB" min:"1KiB" max:"768KiB" desc:"bodies up to this travel in one message, larger ones in chunks; a message must fit the broker's max_payload of 1MiB with its head"`
 	RetryAfter       time.Duration `split_words:"true" default:"5s" min:"1s" desc:"what a 503 tells the client to wait"`
 	IngressID        string        `split_words:"true" default:"<host name>" desc:"names the spool, and must stay the same over restarts: letters, digits, - and _, at most 64"`
-	Store            string        `split_words:"true" default:"synced" allowed:"synced,replicated" desc:"what a request must be before its answer: fsynced here, or acknowledged by a replicated stream"`
+	Store            string        `split_words:"true" default:"synced" allowed:"synced,replicated" desc:"what a request must be before its answer: fsynced here, or acknowledged by a replicated stream (not supported yet)"`
 	SpoolDir         string        `split_words:"true" default:"<data dir>/spool" desc:"the directory of the spool"`
 	SpoolMaxBytes    ByteSize      `split_words:"true" default:"4GiB" min:"1MiB" desc:"the most that the spool may take on disk"`
 	SpoolSalvage     bool          `split_words:"true" default:"false" desc:"publish what is readable of a damaged spool, once; the damaged files are kept"`
