@@ -31,10 +31,12 @@ demo: build ## break an API and this gateway under load, replay, and count what 
 
 .PHONY: test
 test: tools build ## run all tests; gets what they need by package manager
+	@tools/need.sh python3=python3 curl=curl
 	@$(GOTEST) work
 
 .PHONY: test-race
 test-race: tools build ## run the tests of every package with the race detector
+	@tools/need.sh python3=python3 curl=curl
 	@$(GOTEST) -race work
 
 .PHONY: fuzz
@@ -51,7 +53,7 @@ mutants: tools build ## break the code on purpose, one way at a time, and see a 
 
 .PHONY: bench
 bench: build ## compare with nginx: requests/s, latency, CPU and memory, side by side
-	@e2e/bench/install.sh
+	@tools/need.sh nginx=nginx-light wrk=wrk
 	@go run ./e2e/cmd/bench -bin bin
 
 .PHONY: bench-memory
@@ -75,6 +77,7 @@ fix: ## format, and tidy every module
 	@for m in $(MODULES); do (cd $$m && GOWORK=off go mod tidy); done
 
 # The nats command, nats-server and staticcheck, at the versions of tools/go.mod.
+# Where they stand is the same for the tests.
 .PHONY: tools
 tools:
 	@cd tools && GOWORK=off GOBIN=$(CURDIR)/.tools go build -o $(CURDIR)/.tools/ tool
