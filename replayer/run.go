@@ -804,10 +804,6 @@ func (r *runner) send(begin, flight context.Context, c ledger.Candidate, b ledge
 	if begin.Err() != nil {
 		return answer{err: fmt.Errorf("not sent: %w", context.Cause(begin))}, false
 	}
-	// By real time, as the lease is.
-	if time.Until(b.Expires) <= c.Policy.Timeout {
-		return answer{err: errors.New("not sent: the lease would end before the timeout")}, false
-	}
 	up, err := r.Upstreams.For(c.Route)
 	if err != nil {
 		return answer{err: fmt.Errorf("not sent: %w", err)}, false
@@ -815,10 +811,10 @@ func (r *runner) send(begin, flight context.Context, c ledger.Candidate, b ledge
 	// On its own goroutine, so that a cut run need not wait for the API. The
 	// goroutine ends by the timeout.
 	done := make(chan answer, 1)
-	go func() { done <- up.send(flight, r.Ledger, c, a) }()
+	go func() { done <- up.send(flight, r.Ledger, c, a, b.Expires) }()
 	select {
 	case got = <-done:
-		return got, true
+		return got, !got.unsent
 	case <-flight.Done():
 		return answer{err: errors.New("interrupted before the answer came")}, true
 	}

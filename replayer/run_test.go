@@ -557,6 +557,44 @@ func (s shortLeases) Begin(ctx context.Context, l ledger.RunLease, ids []uuid.UU
 	return begun, err
 }
 
+// TestNothingIsSentWhenThePayloadTookTheLeasesTime: the ledger is slow to give
+// the payload, and the lease would end while the API works.
+func TestNothingIsSentWhenThePayloadTookTheLeasesTime(t *testing.T) {
+	b := newBooks(t)
+	ids := b.capture(t, many(1)...)
+	a := newAPI(t, nil)
+	o := options(t, b, a.URL)
+	o.MaxAttempts = 1
+	o.Ledger = &slowPayloads{books: b}
+	report := mustRun(t, o)
+	require.Empty(t, a.seen())
+	require.Equal(t, int64(0), report.Sent)
+	d, err := b.Get(t.Context(), ids[0])
+	require.NoError(t, err)
+	require.Contains(t, d.Error, "not sent")
+}
+
+// slowPayloads is a ledger that gives payloads when the lease has just as long
+// as the timeout.
+type slowPayloads struct {
+	*books
+	expires time.Time
+}
+
+func (s *slowPayloads) Begin(ctx context.Context, l ledger.RunLease, ids []uuid.UUID, o ledger.BeginOptions) ([]ledger.Begun, error) {
+	begun, err := s.books.Begin(ctx, l, ids, o)
+	s.expires = time.Now().Add(newPolicy().Timeout + time.Second)
+	for i := range begun {
+		begun[i].Expires = s.expires
+	}
+	return begun, err
+}
+
+func (s *slowPayloads) Payload(ctx context.Context, id uuid.UUID) ([]byte, io.ReadCloser, error) {
+	<-time.After(time.Until(s.expires) - newPolicy().Timeout)
+	return s.books.Payload(ctx, id)
+}
+
 func TestACancelledRunSendsNothingMore(t *testing.T) {
 	b := newBooks(t)
 	b.capture(t, many(20)...)

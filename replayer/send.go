@@ -125,12 +125,20 @@ type answer struct {
 	// unconnected is true when there was no connection, so that the API saw
 	// nothing.
 	unconnected bool
-	err         error // why there is no whole answer
+	// unsent is true when the lease left no time, so that nothing was tried.
+	unsent bool
+	err    error // why there is no whole answer
 }
 
+// errShortLease says that somebody else might send the request before the
+// timeout.
+var errShortLease = errors.New("not sent: the lease would end before the timeout")
+
 // send makes one attempt, and waits for the whole answer until the timeout of
-// the request's policy. Nothing is sent twice, no redirect followed.
-func (u *Upstream) send(ctx context.Context, source payloads, c ledger.Candidate, a capture.Attempt) answer {
+// the request's policy, and never beyond expires, when the attempt's lease ends:
+// reading the payload may take long, and the process may be stopped anywhere.
+// Nothing is sent twice, no redirect followed.
+func (u *Upstream) send(ctx context.Context, source payloads, c ledger.Candidate, a capture.Attempt, expires time.Time) answer {
 	head, body, err := source.Payload(ctx, c.ID)
 	if err != nil {
 		return answer{err: fmt.Errorf("read payload: %w", err)}
@@ -144,7 +152,11 @@ func (u *Upstream) send(ctx context.Context, source payloads, c ledger.Candidate
 	if _, err := io.ReadFull(body, first); err != nil {
 		return answer{err: fmt.Errorf("read payload: %w", err)}
 	}
-	x, err := u.pool.Begin(time.Now().Add(c.Policy.Timeout), c.Method, c.Size-int64(len(first)), first, head)
+	deadline := time.Now().Add(c.Policy.Timeout) // by real time, as the lease is
+	if deadline.After(expires) {
+		return answer{unsent: true, err: errShortLease}
+	}
+	x, err := u.pool.Begin(deadline, c.Method, c.Size-int64(len(first)), first, head)
 	if err != nil {
 		return failed(err)
 	}
