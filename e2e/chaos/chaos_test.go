@@ -9,6 +9,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/holdfast-io/holdfast/e2e/harness"
 	"github.com/holdfast-io/holdfast/e2e/history"
 	"github.com/holdfast-io/holdfast/e2e/proc"
 )
@@ -38,8 +39,9 @@ type step struct {
 	kill   bool // else start
 }
 
-// schedule kills each victim twice, and four of them once more. The same seed
-// gives the same schedule.
+// schedule kills each victim twice, and four of them once more; at last it kills
+// the ingress while the broker is away, so that answered requests are in the
+// spool alone. The same seed gives the same schedule.
 func schedule(rng *rand.Rand, victims []string) []step {
 	var order []string
 	for _, v := range victims {
@@ -58,6 +60,13 @@ func schedule(rng *rand.Rand, victims []string) []step {
 		end := begin + 1 + rng.IntN(mostOff)
 		free[v] = end
 		steps = append(steps, step{begin, v, true}, step{end, v, false})
+	}
+	if slices.Contains(victims, harness.NATS) {
+		for _, end := range free {
+			at = max(at, end+1)
+		}
+		steps = append(steps, step{at + 60, harness.NATS, true}, step{at + 120, harness.Ingress, true},
+			step{at + 125, harness.Ingress, false}, step{at + 130, harness.NATS, false})
 	}
 	slices.SortStableFunc(steps, func(a, b step) int { return a.at - b.at })
 	return steps

@@ -334,9 +334,9 @@ var mutants = []mutant{
 	},
 	{
 		name: "sent-under-a-short-lease", breaks: "a request is still on its way when another replay sends it",
-		file: "replayer/run.go",
-		old:  "\tif time.Until(b.Expires) <= c.Policy.Timeout {\n",
-		new:  "\tif time.Until(b.Expires) <= -time.Hour {\n",
+		file: "replayer/send.go",
+		old:  "\tif deadline.After(expires) {\n",
+		new:  "\tif deadline.After(expires.Add(time.Hour)) {\n",
 		pkg:  "replayer", test: "TestNothingIsSentUnderALeaseThatIsTooShort",
 	},
 	{
@@ -345,5 +345,20 @@ var mutants = []mutant{
 		old:  "\tif r.since(selected) >= pageAge && ",
 		new:  "\tif r.since(selected) >= time.Hour && ",
 		pkg:  "replayer", test: "TestAPageThatGrowsTooOldIsCut",
+	},
+	// The whole: the check of all records must fail too when something is lost.
+	{
+		name: "chaos-nothing-published-after-a-start", breaks: "what was in the spool at a crash stays there",
+		file: "ingress/publisher.go",
+		old:  "\treader := p.spool.NewReader()\n\tfor {\n",
+		new:  "\treader := p.spool.NewReader()\n\tfor {\n\t\tif rec, ok, err := reader.TryNext(); err == nil && ok && rec.Position.Start != p.spool.Start() {\n\t\t\tp.spool.Release(rec.Position.Start, spool.Range{First: rec.Position.Index, Last: rec.Position.Index})\n\t\t\tcontinue\n\t\t} else if ok {\n\t\t\treader.Rewind(rec.Position)\n\t\t}\n",
+		pkg:  "e2e/chaos", test: "TestKillEveryProcess/distributed/response",
+	},
+	{
+		name: "chaos-outcomes-not-written", breaks: "an ingress that is killed after the answer makes a repeat",
+		file: "ingress/handler.go",
+		old:  "\tif _, err := t.res.AppendWritten(t.b.record); err != nil {\n\t\tt.h.m.lostOutcomes",
+		new:  "\tif _, err := t.res.Append(t.b.record); err != nil {\n\t\tt.h.m.lostOutcomes",
+		pkg:  "e2e/chaos", test: "TestKillEveryProcess/distributed/response",
 	},
 }
