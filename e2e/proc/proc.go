@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -17,6 +16,8 @@ import (
 	"runtime"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Process is one running, or ended, process.
@@ -147,21 +148,39 @@ func (p *Process) Tail(n int64) string {
 	return string(b)
 }
 
-// FreeAddr gives a loopback address that nobody listens on at the moment. It is
+// FreeAddr gives a loopback address that nobody else uses: until this process
+// ends it is not given again, not to another process that asks so either. It is
 // below the ports that systems give to outgoing connections (from 32768 on with
 // Linux), so that none of those takes it while what listens there is down.
 func FreeAddr() (string, error) {
 	const lowest, highest = 10_000, 32_000
 	var err error
 	for range 100 {
-		var l net.Listener
-		l, err = net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", lowest+rand.IntN(highest-lowest)))
-		if err == nil {
-			defer l.Close()
-			return l.Addr().String(), nil
+		port := lowest + rand.IntN(highest-lowest)
+		if err = reserve(port); err == nil {
+			return fmt.Sprintf("127.0.0.1:%d", port), nil
 		}
 	}
 	return "", fmt.Errorf("find a free port: %w", err)
+}
+
+// reserve binds a socket to the port and keeps it, without listening. Binding
+// fails where anybody else has the port. Allowing its reuse afterwards lets those
+// bind and listen who allow it too, as Go's listeners do, and not the next
+// reserve.
+func reserve(port int) error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	err = unix.Bind(fd, &unix.SockaddrInet4{Port: port, Addr: [4]byte{127, 0, 0, 1}})
+	if err == nil {
+		err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+	}
+	if err != nil {
+		_ = unix.Close(fd)
+	}
+	return err
 }
 
 // AwaitHTTP waits until url answers 200, the process ends, or ctx is done.
