@@ -5,7 +5,6 @@ import (
 	"maps"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/google/uuid"
 
@@ -26,7 +25,7 @@ func (p *publisher) findOrphans(ctx context.Context) error {
 	found := make(map[uuid.UUID]orphan)
 	var decoder capture.Decoder
 	own := p.spool.Start()
-	_, err := p.pass(ctx, p.spool.UnreleasedBefore(time.Now()), func(rec spool.Record) (bool, error) {
+	_, err := p.pass(ctx, p.spool.UnreleasedBefore(p.spool.Now()), func(rec spool.Record) (bool, error) {
 		if rec.Position.Start == own {
 			return true, nil
 		}

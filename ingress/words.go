@@ -101,9 +101,11 @@ func isCompletion(m capture.Message) bool { return capture.IsOutcomeSubject(m.Su
 
 // beat sends a heartbeat. One that is lost is followed by the next.
 func (w *words) beat(stopped bool) {
+	// The time first: it vouches for what was appended before it.
+	now := w.spool.Now()
 	stats := w.spool.Stats()
 	beat := capture.Heartbeat{
-		Ingress: w.ingress, Start: w.spool.Start().String(), Now: time.Now(),
+		Ingress: w.ingress, Start: w.spool.Start().String(), Now: now,
 		Unreleased: stats.Unreleased, OldestUnreleased: stats.OldestUnreleased,
 		Stopped: stopped && stats.Unreleased == 0,
 	}

@@ -168,7 +168,7 @@ func (r *Reservation) append(wantSync bool, parts [][]byte) (Position, error) {
 	if length > s.o.MaxRecordBytes {
 		return Position{}, fmt.Errorf("%w: %d bytes, the limit is %d", ErrTooLarge, length, s.o.MaxRecordBytes)
 	}
-	now := time.Now().UnixNano()
+	now := s.Now().UnixNano()
 	size := recordSize(length)
 
 	s.mu.Lock()
@@ -190,7 +190,7 @@ func (r *Reservation) append(wantSync bool, parts [][]byte) (Position, error) {
 	r.bytes -= int64(length)
 	s.reserved -= int64(length) + recordOverhead
 
-	// Times rise with the indexes, whatever the clock does.
+	// Times rise with the indexes, whichever of two appends came here first.
 	s.lastAt = max(s.lastAt, now)
 	index := s.nextIndex
 	s.nextIndex++

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // Open takes the directory, reads all segments, and starts a new process start.
@@ -34,6 +35,7 @@ func Open(o Options) (*Spool, error) {
 		closeDone: make(chan struct{}),
 		room:      make(chan struct{}),
 		gen:       newGeneration(),
+		opened:    time.Now(),
 		nextIndex: 1,
 		nextSeq:   1,
 	}
@@ -88,6 +90,7 @@ type loaded struct {
 	holes     []hole
 	sealed    bool
 	end       int64 // of the last valid record
+	newest    int64 // time of a record
 	records   int
 	watermark uint64
 	bad       string // damage whatever the watermark says
@@ -221,6 +224,8 @@ func (s *Spool) recover() (err error) {
 		l.writtenIndex, l.syncedIndex = l.last(), l.last()
 		s.segs = append(s.segs, l.segment)
 		s.allocated += l.size
+		// One more, so that it lies before all that this start does.
+		s.ahead = max(s.ahead, time.Unix(0, l.newest+1).Sub(s.opened))
 	}
 	if err := s.o.FS.SyncDir(s.o.Dir); err != nil {
 		return fmt.Errorf("sync spool directory: %w", err)
@@ -306,6 +311,7 @@ func (s *Spool) load(seq uint64, gen int) (_ *loaded, err error) {
 			return l, nil
 		}
 		l.records++
+		l.newest = max(l.newest, rec.at)
 		l.note(rec.index, rec.off, rec.at)
 	}
 }

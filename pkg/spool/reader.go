@@ -12,7 +12,7 @@ type Record struct {
 	Position Position
 	// Data is valid until the next call on the reader it came from.
 	Data       []byte
-	AppendedAt time.Time
+	AppendedAt time.Time // by the spool's clock
 }
 
 // Reader reads the unreleased records in order: those of earlier starts, then
@@ -39,8 +39,8 @@ type Reader struct {
 func (s *Spool) NewReader() *Reader { return &Reader{s: s} }
 
 // UnreleasedBefore returns a reader over the records that were appended before t
-// and are not released, for publishing them once more. At the end it returns
-// io.EOF and never waits.
+// by the spool's clock and are not released, for publishing them once more. At
+// the end it returns io.EOF and never waits.
 func (s *Spool) UnreleasedBefore(t time.Time) *Reader {
 	r := s.NewReader()
 	s.mu.Lock()
@@ -233,8 +233,8 @@ func (s *Spool) unreadable(seg *segment, off int64, err error) {
 	s.mu.Unlock()
 }
 
-// Oldest returns position and time of the first record that is not released, or
-// false where there is none. It may read from the disk.
+// Oldest returns position and time, by the spool's clock, of the first record that
+// is not released, or false where there is none. It may read from the disk.
 func (s *Spool) Oldest() (Position, time.Time, bool) {
 	s.mu.Lock()
 	var seg *segment

@@ -124,8 +124,8 @@ type Stats struct {
 	MaxBytes      int64
 	Segments      int // that hold records
 	Unreleased    int // records
-	// OldestUnreleased is the time of the first record that is not released; it
-	// is zero where there is none.
+	// OldestUnreleased is the time of the first record that is not released, by
+	// the spool's clock; it is zero where there is none.
 	OldestUnreleased time.Time
 	// SyncedIndex is the last index of this start up to which the fsyncs have
 	// been tried; those that failed are counted by Failures.
@@ -172,6 +172,10 @@ type Spool struct {
 	log   *slog.Logger
 	lock  io.Closer
 	start StartID
+	// The spool's clock: the time of the opening, and how much newer than that the
+	// newest record was which stood in the directory.
+	opened time.Time
+	ahead  time.Duration
 
 	maxSlot    int64 // what a segment may waste at its end
 	maxPending int64
@@ -233,6 +237,12 @@ type Spool struct {
 	oldestAt     time.Time
 	aside        asideUse
 }
+
+// Now is the spool's clock, by which all times are that the spool gives. It
+// begins with the system's, but never before a record that is there already, and
+// then runs evenly: a system clock that is set back makes no record newer than
+// now, and one that is set forward makes none old.
+func (s *Spool) Now() time.Time { return s.opened.Add(time.Since(s.opened) + s.ahead) }
 
 // Start returns the id of this process start.
 func (s *Spool) Start() StartID { return s.start }
