@@ -146,6 +146,8 @@ func (p *passage) lookAtSpools(ctx context.Context, f *Fence) []string {
 	for _, i := range ingresses {
 		switch {
 		case slices.Contains(f.Ignore, i.ID):
+		case i.SeenAt.Unix() <= 0:
+			waits = append(waits, fmt.Sprintf("ingress %s was never heard from, and requests of it are known (start it, or --ignore-ingress %s)", i.ID, i.ID))
 		case i.SeenAt.Before(p.at):
 			waits = append(waits, fmt.Sprintf("ingress %s was not heard from since %s (start it, or --ignore-ingress %s)", i.ID, stamp(i.SeenAt), i.ID))
 		case !i.OldestUnreleased.IsZero() && i.OldestUnreleased.Before(p.at):

@@ -69,6 +69,9 @@ type Recorder interface {
 	// half of it where that is more (Options.Retention of the store; 0 turns
 	// this off), enters with a quarantine of reason "late".
 	//
+	// A new request makes the ingress that its Ref names known, as one that was
+	// never heard from, unless a heartbeat of it is kept: see [Ingress].
+	//
 	// Errors: [ErrFull], [ErrUnavailable].
 	Record(ctx context.Context, items []Item) ([]Result, error)
 	// SetAside keeps messages that nobody can take, with the reason, once each
@@ -196,7 +199,7 @@ type Stats struct {
 type Ingress struct {
 	ID               string
 	Start            string
-	SeenAt           time.Time
+	SeenAt           time.Time // the Unix epoch when only a capture of it is known
 	Unreleased       int
 	OldestUnreleased time.Time // zero when none
 }

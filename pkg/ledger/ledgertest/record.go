@@ -229,6 +229,41 @@ var recordTests = map[string]func(*bench){
 		b.ErrorIs(err, ledger.ErrInvalidCursor)
 		b.recount()
 	},
+	"an ingress is known by its first capture": func(b *bench) {
+		// It may die before a heartbeat of it is saved, with outcomes in its spool.
+		item := b.inline(newID())
+		item.Ref = ref(1)
+		b.record(item, b.inline(newID()))
+		want := []ledger.Ingress{{ID: "edge-1", Start: "5eed", SeenAt: time.Unix(0, 0).UTC()}}
+		list, err := b.s.Ingresses(b.ctx)
+		b.NoError(err)
+		b.Equal(want, list)
+		// Any heartbeat says more.
+		own := b.clock.Now()
+		b.NoError(b.s.SaveHeartbeats(b.ctx, []capture.Heartbeat{{Ingress: "edge-1", Start: "5eed", Now: own}}))
+		next := b.inline(newID())
+		next.Ref = ref(2)
+		b.record(next)
+		list, err = b.s.Ingresses(b.ctx)
+		b.NoError(err)
+		b.Equal([]ledger.Ingress{{ID: "edge-1", Start: "5eed", SeenAt: own}}, list)
+		// A repeat does not bring back one that has stopped.
+		b.NoError(b.s.SaveHeartbeats(b.ctx, []capture.Heartbeat{{Ingress: "edge-1", Start: "5eed", Now: own.Add(time.Second), Stopped: true}}))
+		b.record(item, next)
+		list, err = b.s.Ingresses(b.ctx)
+		b.NoError(err)
+		b.Empty(list)
+		// A body in chunks makes its ingress known when it is whole.
+		large := newID()
+		items := []ledger.Item{chunk(large, 0, []byte("abc")), chunk(large, 1, []byte("def")), b.head(large, []byte("abc"), []byte("def"))}
+		for i := range items {
+			items[i].Ref = ref(uint64(10 + i))
+		}
+		b.record(items...)
+		list, err = b.s.Ingresses(b.ctx)
+		b.NoError(err)
+		b.Equal(want, list)
+	},
 	"heartbeats by the ledger's clock": func(b *bench) {
 		own := b.clock.Now().Add(-5 * time.Hour) // the ingress's clock is wrong
 		beat := func(start string, at time.Duration, stopped bool) capture.Heartbeat {

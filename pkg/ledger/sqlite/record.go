@@ -31,7 +31,9 @@ func (s *Store) Record(ctx context.Context, items []ledger.Item) ([]ledger.Resul
 	errs, err := s.batch(ctx, "record", len(items),
 		func(_ *tx, items func() error) error { return items() },
 		func(t *tx, i int) (err error) {
-			results[i], err = t.record(&items[i])
+			if results[i], err = t.record(&items[i]); err == nil && results[i].New {
+				err = t.meet(items[i].Ref)
+			}
 			return err
 		})
 	if err != nil {
@@ -96,6 +98,17 @@ func (t *tx) record(item *ledger.Item) (ledger.Result, error) {
 		return t.recordAbandon(c.Abandon, item.Ref)
 	}
 	return ledger.Result{}, refuse("an item without capture, chunk or abandon record")
+}
+
+// meet makes the ingress of a new request known, as one that was never heard
+// from: a replay has to wait for what its spool may hold.
+func (t *tx) meet(ref capture.SpoolRef) error {
+	if ref.Ingress == "" || t.met == ref.Ingress {
+		return nil
+	}
+	t.met = ref.Ingress
+	_, err := t.exec("INSERT INTO ingresses (id, start, own, seen, unreleased) VALUES (?, ?, 0, 0, 0) ON CONFLICT DO NOTHING", ref.Ingress, ref.Start)
+	return err
 }
 
 func released(refs ...capture.SpoolRef) ledger.Result {

@@ -34,6 +34,7 @@ type tx struct {
 	haveNewest bool
 	early      bool // there are facts about unknown ids
 	haveEarly  bool
+	met        string // the ingress of which a request was recorded last
 }
 
 // write runs f in a transaction and commits it. Nothing is written when f, or
