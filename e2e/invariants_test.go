@@ -361,8 +361,10 @@ func TestInvariant3OneAttemptAtATime(t *testing.T) {
 			require.GreaterOrEqual(t, len(got), attempts)
 			expected += attempts
 		}
-		// What the killed replayer had in flight may come once more.
-		require.LessOrEqual(t, w.api.count(), expected+8)
+		// What the killed replayer had in flight may come once more, and what it
+		// had answers for that were not written yet: by its bounds, four times as
+		// much.
+		require.LessOrEqual(t, w.api.count(), expected+5*8)
 	})
 }
 
