@@ -119,13 +119,17 @@ var mutants = []mutant{
 		file: "ingress/publisher.go",
 		old:  "\tsub, err := p.nc.Subscribe(inbox+\".>\", p.window.acknowledge)\n",
 		new: `	sub, err := p.nc.Subscribe(inbox+".>", func(m *nats.Msg) {
-		if n, err := strconv.ParseUint(m.Subject[len(inbox)+1:], 36, 64); err == nil {
-			p.window.mu.Lock()
-			at := p.window.entries[n%windowRecords].position
-			p.window.mu.Unlock()
-			p.spool.Release(at.Start, spool.Range{First: at.Index, Last: at.Index})
-		}
+		p.window.mu.Lock()
+		first := p.window.first
+		p.window.mu.Unlock()
 		p.window.acknowledge(m)
+		p.window.mu.Lock()
+		defer p.window.mu.Unlock()
+		for n := first; n < p.window.first; n++ {
+			for _, at := range p.window.entries[n%windowRecords].positions() {
+				p.spool.Release(at.Start, spool.Range{First: at.Index, Last: at.Index})
+			}
+		}
 	})
 `,
 		pkg: "ingress", test: "TestServerRestarts",
