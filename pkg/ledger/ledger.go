@@ -110,13 +110,19 @@ func (f Fact) ID() uuid.UUID {
 	return f.Event.ID
 }
 
+// MaxDetails is how many events are kept of one request, attempt and outcome,
+// which differ in their detail alone.
+const MaxDetails = 16
+
 // Completer takes facts about attempts and completions.
 type Completer interface {
 	// Complete commits facts in one transaction, in any order and repetition;
 	// errs[i] is not nil when the store cannot take facts[i], whatever else
 	// happens. Facts about unknown ids are kept for the retention; above a cap
 	// (Options.MaxEarly) the oldest event goes first, counted in Stats;
-	// outcomes of the ingress never go. Repeated equal facts count once.
+	// outcomes of the ingress never go. Repeated equal facts count once, and of
+	// events that differ in their detail alone the first MaxDetails: an API that
+	// sends an event again and again must not make each cost more.
 	//
 	// Errors: [ErrUnavailable]; [ErrFull] only when even the reserve is gone.
 	Complete(ctx context.Context, facts []Fact) (errs []error, err error)

@@ -2,6 +2,7 @@ package ledgertest
 
 import (
 	"math"
+	"strconv"
 	"time"
 
 	"github.com/google/uuid"
@@ -11,6 +12,29 @@ import (
 )
 
 var completeTests = map[string]func(*bench){
+	"events that differ in their detail alone are bounded": func(b *bench) {
+		// Before the capture and after it, and without an end.
+		early, id := newID(), b.failed(1)[0]
+		say := func(id uuid.UUID, outcome capture.Verdict, attempt, n int) ledger.Fact {
+			return ledger.Fact{Event: &capture.Event{ID: id, Outcome: outcome, Attempt: attempt, Detail: strconv.Itoa(n)}}
+		}
+		for n := range 2 * ledger.MaxDetails {
+			b.complete(say(early, capture.Failed, 1, n), say(id, capture.Failed, 1, n))
+		}
+		b.Equal(int64(ledger.MaxDetails), b.stats().Early)
+		b.record(b.inline(early))
+		for _, one := range []uuid.UUID{early, id} {
+			d := b.get(one)
+			b.Len(d.Facts.Events, ledger.MaxDetails)
+			b.Equal("0", d.Facts.Events[0].Detail)
+			b.Equal(capture.StateFailed, d.State)
+			// Whatever says something else is taken.
+			b.complete(say(one, capture.Failed, 2, 0), say(one, capture.Processed, 1, 0))
+			b.Len(b.get(one).Facts.Events, ledger.MaxDetails+2)
+			b.Equal(capture.StateProcessed, b.state(one))
+		}
+		b.recount()
+	},
 	"an outcome comes back as it went in": func(b *bench) {
 		ids := b.captured(4)
 		for i, v := range []capture.Verdict{capture.Processed, capture.Failed, capture.Rejected, capture.NoVerdict} {

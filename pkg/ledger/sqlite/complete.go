@@ -128,10 +128,8 @@ func (t *tx) keepEarly(id uuid.UUID, a *attempt, e *event) error {
 		return err
 	}
 	if e != nil {
-		for _, b := range events {
-			if compareEvents(*e, b) == 0 {
-				return nil
-			}
+		if !newEventAmong(*e, events) {
+			return nil
 		}
 		_, err = t.exec("INSERT INTO early (id, event, attempt, run, status, text, verdict, known) VALUES (?, 1, ?, '', 0, ?, ?, ?)",
 			id[:], e.attempt, e.detail, e.verdict, e.known)

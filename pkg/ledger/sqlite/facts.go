@@ -11,6 +11,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/holdfast-io/holdfast/pkg/capture"
+	"github.com/holdfast-io/holdfast/pkg/ledger"
 )
 
 // row is a request as the table has it.
@@ -153,6 +154,22 @@ func newEvent(e *capture.Event, known int64) (event, error) {
 
 func compareEvents(a, b event) int {
 	return cmp.Or(cmp.Compare(a.attempt, b.attempt), cmp.Compare(a.verdict, b.verdict), strings.Compare(a.detail, b.detail))
+}
+
+// newEventAmong reports whether e says something that is to be kept beside
+// events: of those that differ in their detail alone there are enough at some
+// point, for each costs all that come after it.
+func newEventAmong(e event, events []event) bool {
+	alike := 0
+	for _, b := range events {
+		if compareEvents(e, b) == 0 {
+			return false
+		}
+		if e.attempt == b.attempt && e.verdict == b.verdict {
+			alike++
+		}
+	}
+	return alike < ledger.MaxDetails
 }
 
 type quarantine struct {
@@ -449,10 +466,8 @@ func (u *subject) addAttempt(a attempt) (bool, error) {
 
 // addEvent takes an event. It reports whether that was news.
 func (u *subject) addEvent(e event) (bool, error) {
-	for _, b := range u.facts.events {
-		if compareEvents(e, b) == 0 {
-			return false, nil
-		}
+	if !newEventAmong(e, u.facts.events) {
+		return false, nil
 	}
 	if err := u.spill(); err != nil {
 		return false, err
