@@ -259,9 +259,12 @@ func (t *transaction) capture(body []byte) {
 	if !t.captured {
 		return
 	}
+	// It is received when its body is: the API's time begins now at the earliest,
+	// and the grace must not end before it, however slow the client was.
+	t.appended = time.Now()
+	t.request.ReceivedAt = t.appended
 	msg := t.request.Message()
 	t.b.record = msg.AppendEnvelope(t.b.record[:0])
-	t.appended = time.Now()
 	place, err := t.res.Append(t.b.record, t.b.head, body)
 	if err != nil {
 		t.storeFailed(err)
@@ -283,7 +286,7 @@ func (t *transaction) logStore(err error) {
 
 func (t *transaction) describe(size int64) {
 	t.request = capture.Request{
-		ID: t.id, Route: t.rt.name, Ingress: t.h.ingress, ReceivedAt: t.now, Policy: t.rt.policy,
+		ID: t.id, Route: t.rt.name, Ingress: t.h.ingress, Policy: t.rt.policy,
 		OrderKey: t.rt.orderKey(t.r.Header), Head: t.b.head, Size: size,
 	}
 	t.b.places = t.b.places[:0]

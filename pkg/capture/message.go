@@ -64,7 +64,7 @@ type Request struct {
 	ID         uuid.UUID
 	Route      string
 	Ingress    string
-	ReceivedAt time.Time
+	ReceivedAt time.Time // when the body had come whole, by the ingress's clock
 	Policy     Policy
 	OrderKey   string // empty: no order asked for
 
