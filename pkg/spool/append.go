@@ -444,6 +444,7 @@ func (s *Spool) committer() {
 	timer := time.NewTimer(lazySync)
 	timer.Stop()
 	defer timer.Stop()
+	var begun time.Time
 	for {
 		select {
 		case <-s.kick:
@@ -454,6 +455,12 @@ func (s *Spool) committer() {
 		case <-s.closing:
 			return
 		}
+		// Under load the records of a short while share an fsync; the first one
+		// after a pause waits for nothing.
+		if wait := commitEvery - time.Since(begun); wait > 0 {
+			time.Sleep(wait)
+		}
+		begun = time.Now()
 		s.commit()
 	}
 }

@@ -20,7 +20,7 @@ type ConsumerOptions struct {
 	Stream, Durable string
 	// Service labels the metrics. Required.
 	Service string
-	// MaxBatch is the most messages in a batch. 0 means 500: what a commit costs
+	// MaxBatch is the most messages in a batch. 0 means 1000: what a commit costs
 	// by itself is then spread thin, and a repeated batch is still short.
 	MaxBatch int
 	// MaxBatchBytes is the size at which a batch is full; the message that
@@ -29,9 +29,8 @@ type ConsumerOptions struct {
 	// request may bring.
 	MaxBatchBytes int
 	// FlushAfter is how long a batch waits for more after its first message,
-	// unless it is full. 0 means 10 ms: nobody waits for a record, and at most a
-	// hundred commits a second leave the disk to the spool. Under load the batch
-	// before takes longer than that, and time plays no part.
+	// unless it is full. 0 means 50 ms: nobody waits for a record, and some twenty
+	// commits a second cost little and leave the disk to the spool.
 	FlushAfter time.Duration
 	// Metrics and Logger are required.
 	Metrics *Metrics
@@ -99,13 +98,13 @@ func NewConsumer(o ConsumerOptions) (*Consumer, error) {
 		return nil, errors.New("consumer: Conn, Stream, Durable, Service, Metrics and Logger are required")
 	}
 	if o.MaxBatch == 0 {
-		o.MaxBatch = 500
+		o.MaxBatch = 1000
 	}
 	if o.MaxBatchBytes == 0 {
 		o.MaxBatchBytes = 4 << 20
 	}
 	if o.FlushAfter == 0 {
-		o.FlushAfter = 10 * time.Millisecond
+		o.FlushAfter = 50 * time.Millisecond
 	}
 	c := &Consumer{o: o, inFlight: make(map[*batch]struct{})}
 	c.setReady(ErrNotConsuming)

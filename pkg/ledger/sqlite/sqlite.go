@@ -149,7 +149,7 @@ func (s *Store) connect(ctx context.Context) error {
 	// Waiting for the write lock is our own loop, which a context can end;
 	// SQLite's own wait is for the moments when the file itself is opened.
 	if s.writeDB, err = openDB(s.path, busy, "cache_size(-16384)", "synchronous(FULL)", "journal_mode(WAL)",
-		"wal_autocheckpoint(1000)", "journal_size_limit(16777216)", "temp_store(MEMORY)"); err != nil {
+		"wal_autocheckpoint(3000)", "journal_size_limit(33554432)", "temp_store(MEMORY)"); err != nil {
 		return err
 	}
 	s.writeDB.SetMaxOpenConns(1)
