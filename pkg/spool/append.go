@@ -445,6 +445,7 @@ func (s *Spool) committer() {
 	timer.Stop()
 	defer timer.Stop()
 	var begun time.Time
+	var records uint64 // of the last commit
 	for {
 		select {
 		case <-s.kick:
@@ -455,13 +456,14 @@ func (s *Spool) committer() {
 		case <-s.closing:
 			return
 		}
-		// Under load the records of a short while share an fsync; the first one
-		// after a pause waits for nothing.
-		if wait := commitEvery - time.Since(begun); wait > 0 {
+		// Under load the records of a short while share an fsync.
+		if wait := commitEvery - time.Since(begun); wait > 0 && records >= manyRecords {
 			time.Sleep(wait)
 		}
 		begun = time.Now()
+		synced := s.synced.Load()
 		s.commit()
+		records = s.synced.Load() - synced
 	}
 }
 

@@ -34,9 +34,12 @@ const (
 	retryAfter = 50 * time.Millisecond
 	// pendingWait bounds how long an append waits while the disk takes no writes.
 	pendingWait = 10 * time.Second
-	// commitEvery is the least time between two commits. An API's answer mostly
-	// takes longer, so that nobody waits for it, and it halves what fsyncs cost.
-	commitEvery = 500 * time.Microsecond
+	// commitEvery is the least time between two commits while there is traffic,
+	// which is when the last one had manyRecords. An API under load takes longer to
+	// answer, so that hardly anybody waits for it, and it saves most of what fsyncs
+	// cost. A few clients wait for nothing.
+	commitEvery = time.Millisecond
+	manyRecords = 8
 	// lazySync is how long a record written by AppendWritten stays without fsync
 	// when nothing else asks for one.
 	lazySync = 100 * time.Millisecond
