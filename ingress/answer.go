@@ -68,13 +68,21 @@ func (t *transaction) stream(x *upstream.Exchange, resp *http.Response, first []
 	control := http.NewResponseController(t.w)
 	defer func() { _ = control.SetWriteDeadline(time.Time{}) }()
 	deadline := t.begun.Add(t.rt.policy.Timeout)
-	gone := false
+	// A client may take its time, but the outcome must be known before the grace
+	// is over: a request without one would be sent again while this one is answered.
+	patience := deadline.Add(t.rt.policy.Grace / 2)
+	latest := patience.Add(t.rt.policy.Grace / 4)
+	decided, gone := false, false
 	write := func(b []byte) {
 		if gone || len(b) == 0 {
 			return
 		}
 		begun := time.Now()
-		_ = control.SetWriteDeadline(begun.Add(t.h.times.stalled))
+		limit := begun.Add(t.h.times.stalled)
+		if t.captured && !decided && patience.Before(limit) {
+			limit = patience
+		}
+		_ = control.SetWriteDeadline(limit)
 		_, err := t.w.Write(b)
 		if err == nil && resp.ContentLength < 0 {
 			err = control.Flush()
@@ -86,6 +94,9 @@ func (t *transaction) stream(x *upstream.Exchange, resp *http.Response, first []
 		// failed.
 		if took := time.Since(begun); took > time.Millisecond {
 			deadline = deadline.Add(took)
+			if t.captured && latest.Before(deadline) {
+				deadline = latest
+			}
 			_ = x.Extend(deadline) // a failure shows in the next read
 		}
 	}
@@ -106,6 +117,7 @@ func (t *transaction) stream(x *upstream.Exchange, resp *http.Response, first []
 		}
 		if errors.Is(err, io.EOF) {
 			t.outcome(resp.StatusCode, verdict, "")
+			decided = true
 			write(pending)
 			write(next[:n])
 			t.writeTrailer(resp)

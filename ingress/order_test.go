@@ -157,6 +157,29 @@ func TestSlowClient(t *testing.T) {
 	require.Equal(t, capture.Processed, b.eventually(capture.CompletionsStream, 1)[0].outcome.Attempt.Verdict)
 }
 
+// TestClientThatIsTooSlow: a client that would take its answer for longer than
+// the request's grace is cut off, and the outcome is known before the grace is
+// over. Otherwise a replay would send a request that is being answered.
+func TestClientThatIsTooSlow(t *testing.T) {
+	const timeout, grace = 300 * time.Millisecond, 2 * time.Second
+	whole := make(chan error, 1)
+	g, b := run(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Length", fmt.Sprint(32<<20))
+		_, err := w.Write(make([]byte, 32<<20))
+		whole <- err
+	}, set(func(s *Settings) { s.UpstreamTimeout, s.Grace = timeout, grace }))
+	_, br := g.raw(head("POST / HTTP/1.1", "Host: x", "Content-Length: 0"))
+	resp, err := http.ReadResponse(br, nil)
+	require.NoError(t, err)
+	// It reads nothing more, and the outcome comes all the same.
+	a := b.eventually(capture.CompletionsStream, 1)[0].outcome.Attempt
+	require.NoError(t, <-whole)
+	require.Equal(t, capture.Processed, a.Verdict)
+	require.Less(t, a.EndedAt.Sub(a.StartedAt), timeout+grace)
+	_, err = io.Copy(io.Discard, resp.Body)
+	require.ErrorIs(t, err, io.ErrUnexpectedEOF)
+}
+
 // TestSilentClient: one that stops in its body is let go.
 func TestSilentClient(t *testing.T) {
 	g, _ := run(t, ok, func(o *Options) { o.times.stalled = 20 * time.Millisecond })

@@ -48,6 +48,10 @@ type publisher struct {
 	values  [3][1]string
 	refs    []byte
 
+	// again is true while records are published once more although the stream
+	// may have them.
+	again bool
+
 	// outcomes were read and wait for others to share a message with. They go
 	// out before the publisher waits for anything.
 	outcomes struct {
@@ -232,6 +236,9 @@ func (p *publisher) publish(ctx context.Context, rec spool.Record) (ok bool, err
 
 // gather keeps an outcome until there are enough for a message.
 func (p *publisher) gather(ctx context.Context, msg capture.Message, at spool.Position) (ok bool, err error) {
+	if !p.again && p.window.wasStored(at) {
+		return true, nil
+	}
 	o := &p.outcomes
 	if len(o.indexes) > 0 && (o.subject != msg.Subject || o.start != at.Start) {
 		if ok, err := p.flushOutcomes(ctx); err != nil || !ok {
@@ -376,10 +383,12 @@ func (p *publisher) lookAfter(ctx context.Context) error {
 				o.silent = p.times.republishMin
 			}
 		}
-		reader := p.spool.UnreleasedBefore(now.Add(-p.times.wordLost))
+		// Records are dated by the spool's clock, which is never set back.
+		even := p.spool.Now()
+		reader := p.spool.UnreleasedBefore(even.Add(-p.times.wordLost))
 		switch {
 		case mark.at.IsZero() || now.Sub(mark.at) < p.times.wordLost:
-			if now.Sub(o.since) < o.silent || now.Sub(at) < o.silent {
+			if now.Sub(o.since) < o.silent || even.Sub(at) < o.silent {
 				continue
 			}
 			o.since, o.silent = now, min(max(2*o.silent, p.times.republishMin), p.times.republishMax)
@@ -402,6 +411,7 @@ func (p *publisher) lookAfter(ctx context.Context) error {
 		if ok, err := p.flushOutcomes(ctx); err != nil || !ok {
 			return err
 		}
+		p.again = true
 		n, err := p.pass(ctx, reader, func(rec spool.Record) (bool, error) {
 			if msg, err := capture.ParseRecord(rec.Data); err == nil && kind(isCompletion(msg)) != k {
 				return true, nil
@@ -412,6 +422,7 @@ func (p *publisher) lookAfter(ctx context.Context) error {
 			// What fails here is in the window, whose owner goes back.
 			_, err = p.flushOutcomes(ctx)
 		}
+		p.again = false
 		if err != nil {
 			return err
 		}

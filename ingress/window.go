@@ -150,6 +150,15 @@ func (w *window) wasAcknowledged(e *entry) bool {
 	return all
 }
 
+// wasStored reports whether a record is known to be in the stream. Other than
+// wasAcknowledged it does not forget that: outcomes are grouped anew each time.
+func (w *window) wasStored(at spool.Position) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	_, ok := w.done[at]
+	return ok
+}
+
 // goBack notes where the publisher must go back to. mu is held, and the window
 // is not empty. The place is kept even if all of it is acknowledged meanwhile:
 // what was read behind it may not have been published.
@@ -287,7 +296,7 @@ func (w *window) mustGoBack() bool {
 func (w *window) restart() spool.Position {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if len(w.done) > windowRecords {
+	if len(w.done) > 8*windowRecords {
 		clear(w.done) // of released records, which nobody reads again
 	}
 	for n := w.first; n < w.next; n++ {
