@@ -345,7 +345,7 @@ var mutants = []mutant{
 	},
 	{
 		name: "page-never-too-old", breaks: "a page is sent on behind a fence of long ago",
-		file: "replayer/run.go",
+		file: "replayer/page.go",
 		old:  "\tif r.since(selected) >= pageAge && ",
 		new:  "\tif r.since(selected) >= time.Hour && ",
 		pkg:  "replayer", test: "TestAPageThatGrowsTooOldIsCut",
