@@ -43,8 +43,8 @@ var mutants = []mutant{
 	{
 		name: "outcome-after-the-last-byte", breaks: "kill -9 after the answer makes a repeat",
 		file: "ingress/answer.go",
-		old:  "\t\tif errors.Is(err, io.EOF) {\n\t\t\tt.outcome(resp.StatusCode, verdict, \"\")\n\t\t\twrite(pending)\n\t\t\twrite(next[:n])\n\t\t\tt.writeTrailer(resp)\n",
-		new:  "\t\tif errors.Is(err, io.EOF) {\n\t\t\twrite(pending)\n\t\t\twrite(next[:n])\n\t\t\tif resp.ContentLength < 0 {\n\t\t\t\t_, _ = io.WriteString(t.w, \"\")\n\t\t\t}\n\t\t\t_ = control.Flush()\n\t\t\ttime.Sleep(20 * time.Millisecond)\n\t\t\tt.outcome(resp.StatusCode, verdict, \"\")\n\t\t\tt.writeTrailer(resp)\n",
+		old:  "\t\tif errors.Is(err, io.EOF) {\n\t\t\tt.outcome(resp.StatusCode, verdict, \"\")\n\t\t\tdecided = true\n\t\t\twrite(pending)\n\t\t\twrite(next[:n])\n\t\t\tt.writeTrailer(resp)\n",
+		new:  "\t\tif errors.Is(err, io.EOF) {\n\t\t\twrite(pending)\n\t\t\twrite(next[:n])\n\t\t\tif resp.ContentLength < 0 {\n\t\t\t\t_, _ = io.WriteString(t.w, \"\")\n\t\t\t}\n\t\t\t_ = control.Flush()\n\t\t\ttime.Sleep(20 * time.Millisecond)\n\t\t\tt.outcome(resp.StatusCode, verdict, \"\")\n\t\t\tdecided = true\n\t\t\tt.writeTrailer(resp)\n",
 		pkg:  "ingress", test: "TestOutcomeBeforeTheLastByte",
 	},
 	{
