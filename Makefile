@@ -7,7 +7,10 @@ SERVICES := ingress recorder acker replayer standalone
 MODULES  := pkg pkg/completion ingress recorder acker replayer standalone e2e
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS  := -s -w -X github.com/holdfast-io/holdfast/pkg/service.version=$(VERSION)
-GOTEST   := go test -timeout 10m
+# Some tests fill a small file system, which takes root, or a namespace where one
+# is root.
+ASROOT   := $(shell [ "$$(id -u)" = 0 ] || { unshare -rm true 2>/dev/null && echo unshare -rm; })
+GOTEST   := $(ASROOT) go test -timeout 10m
 # What fuzzing may take for each target.
 FUZZTIME ?= 30s
 
