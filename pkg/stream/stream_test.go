@@ -188,7 +188,7 @@ func TestConsumesInBatchesAndAcknowledges(t *testing.T) {
 	publish(t, js, 0, 2500)
 	s := newStore()
 	// No batch but a full one goes before the stop.
-	c := newConsumer(t, nc, func(o *stream.ConsumerOptions) { o.FlushAfter = time.Hour })
+	c := newConsumer(t, nc, func(o *stream.ConsumerOptions) { o.FlushAfter, o.MaxBatch = time.Hour, 500 })
 	require.ErrorIs(t, c.Ready(), stream.ErrNotConsuming)
 	stop := run(t, c, s.commit)
 	s.await(t, 2500)
