@@ -10,7 +10,8 @@ LDFLAGS  := -s -w -X github.com/holdfast-io/holdfast/pkg/service.version=$(VERSI
 # Some tests fill a small file system, which takes root, or a namespace where one
 # is root.
 ASROOT   := $(shell [ "$$(id -u)" = 0 ] || { unshare -rm true 2>/dev/null && echo unshare -rm; })
-GOTEST   := $(ASROOT) go test -timeout 10m
+# Not from the cache: go does not see that the scenarios run the binaries.
+GOTEST   := $(ASROOT) go test -count=1 -timeout 10m
 # What fuzzing may take for each target.
 FUZZTIME ?= 30s
 
