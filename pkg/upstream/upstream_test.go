@@ -471,9 +471,11 @@ func TestDeadlines(t *testing.T) {
 		require.True(t, failed.Timeout(), "%v", err)
 		require.Equal(t, sent, failed.Sent)
 	}
-	_, err := send(p, 20*time.Millisecond)
+	// Long enough to connect and send on a machine that is busy.
+	const sent = time.Second
+	_, err := send(p, sent)
 	timeout(err, true)
-	_, err = p.Begin(time.Now().Add(20*time.Millisecond), "POST", 0, make([]byte, 32<<20), get)
+	_, err = p.Begin(time.Now().Add(sent), "POST", 0, make([]byte, 32<<20), get)
 	timeout(err, true)
 	_, err = p.Begin(time.Now().Add(-time.Second), "GET", 0, nil, get)
 	timeout(err, false)
