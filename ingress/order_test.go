@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/stretchr/testify/require"
 
 	"github.com/holdfast-io/holdfast/pkg/capture"
@@ -115,6 +116,46 @@ func TestAnswerIsHeldUntilFsync(t *testing.T) {
 			g.stop()
 		}
 	}
+}
+
+// TestOutcomeIsWrittenWhileAnFsyncRuns: before the answer's last byte the outcome
+// is written, not queued behind an fsync. A kill of the process would lose what
+// is queued.
+func TestOutcomeIsWrittenWhileAnFsyncRuns(t *testing.T) {
+	fs := &faultFS{}
+	arrived, goOn := make(chan string, 2), make(chan struct{})
+	g, _ := run(t, func(w http.ResponseWriter, r *http.Request) {
+		arrived <- r.URL.Path
+		if r.URL.Path == "/first" {
+			<-goOn
+		}
+	}, func(o *Options) { o.fs = fs })
+	first, second := make(chan answer, 1), make(chan error, 1)
+	go func() {
+		a, _ := g.do("POST", "/first", nil)
+		first <- a
+	}()
+	require.Equal(t, "/first", <-arrived)
+	require.Eventually(t, func() bool { return g.spool.Stats().SyncedIndex >= 1 }, patience, time.Millisecond)
+	let, began := make(chan struct{}), make(chan struct{}, 10)
+	fs.set(func(op string) error {
+		if op == "datasync" {
+			began <- struct{}{}
+			<-let
+		}
+		return nil
+	})
+	go func() {
+		_, err := g.do("POST", "/second", nil)
+		second <- err
+	}()
+	<-began // from here on nothing is committed
+	close(goOn)
+	a := <-first
+	require.NotNil(t, a.Response)
+	require.Contains(t, outcomes(g.spooled()), uuid.MustParse(a.Header.Get(capture.HTTPHeaderID)))
+	close(let)
+	require.NoError(t, <-second)
 }
 
 // TestClientLeavesEarly: the API still gets everything, and the outcome is

@@ -359,10 +359,10 @@ var mutants = []mutant{
 		pkg:  "e2e/chaos", test: "TestKillEveryProcess/distributed/response",
 	},
 	{
-		name: "chaos-outcomes-not-written", breaks: "an ingress that is killed after the answer makes a repeat",
+		name: "outcome-queued-not-written", breaks: "an ingress that is killed after the answer makes a repeat",
 		file: "ingress/handler.go",
 		old:  "\tif _, err := t.res.AppendWritten(t.b.record); err != nil {\n\t\tt.h.m.lostOutcomes",
 		new:  "\tif _, err := t.res.Append(t.b.record); err != nil {\n\t\tt.h.m.lostOutcomes",
-		pkg:  "e2e/chaos", test: "TestKillEveryProcess/distributed/response",
+		pkg:  "ingress", test: "TestOutcomeIsWrittenWhileAnFsyncRuns",
 	},
 }
