@@ -70,7 +70,7 @@ lint: tools ## run staticcheck in every module
 
 .PHONY: verify
 verify: ## check format, vet, lint, tidiness, and that each module builds alone
-	@test -z "$$(gofmt -l $(MODULES) | tee /dev/stderr)" || { echo 'make fix formats these files' >&2; exit 1; }
+	@files=$$(gofmt -l $(MODULES)); [ -z "$$files" ] || { echo "make fix formats these files: $$files" >&2; exit 1; }
 	@for m in $(MODULES); do \
 	  (cd $$m && export GOWORK=off && go build ./... && go vet ./... && go mod tidy -diff) || { echo "module $$m is not in order; make fix may help" >&2; exit 1; }; done
 	@$(MAKE) --no-print-directory lint
