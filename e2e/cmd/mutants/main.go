@@ -1,7 +1,8 @@
 // Command mutants breaks the code on purpose, in one way at a time, and sees a
 // test catch each: a test that has never failed proves nothing.
 //
-// Nothing in the tree is touched: a mutant is built with go build's -overlay.
+// No source in the tree is touched: a mutant is built with go build's -overlay.
+// What a failing property test writes under testdata/rapid is not kept by git.
 // First the tests are run on the code as it is, and must pass; then each mutant
 // is run with its test, which must fail. One that does not compile, or that no
 // test catches, fails the command.
