@@ -80,7 +80,7 @@ fix: ## format, and tidy every module
 	@gofmt -w $(MODULES)
 	@for m in $(MODULES); do (cd $$m && GOWORK=off go mod tidy); done
 
-# The nats command, nats-server and staticcheck, at the versions of tools/go.mod.
+# The nats command, nats-server, h2spec and staticcheck, at the versions of tools/go.mod.
 # Where they stand is the same for the tests.
 .PHONY: tools
 tools:
