@@ -103,7 +103,7 @@ type Routes struct {
 	CaptureMethods  Methods       `split_words:"true" default:"POST,PUT,PATCH,DELETE" desc:"the methods that are captured, * for all; others are proxied uncaptured"`
 	OrderBy         string        `split_words:"true" desc:"header:NAME stores the value of that header with each request as its ordering key; replays do not keep the order within a key yet"`
 	Grace           time.Duration `split_words:"true" default:"1m" min:"0s" desc:"how long past its timeout a request without verdict stays untouched"`
-	RoutesFile      string        `split_words:"true" desc:"the file of routes, not supported yet; it replaces HOLDFAST_UPSTREAM_URL, _UPSTREAM_TIMEOUT, _COMPLETION, _ON_FAILURE, _CAPTURE, _CAPTURE_METHODS, _ORDER_BY and _GRACE"`
+	RoutesFile      string        `split_words:"true" desc:"the file of routes, as docs/integration.md says; it replaces HOLDFAST_UPSTREAM_URL, _UPSTREAM_TIMEOUT, _COMPLETION, _ON_FAILURE, _CAPTURE, _CAPTURE_METHODS, _ORDER_BY and _GRACE"`
 }
 
 // Validate checks the default route, unless a routes file replaces it.
