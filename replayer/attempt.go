@@ -13,7 +13,11 @@ import (
 func (r *runner) attempt(begin, flight context.Context, c ledger.Candidate, b ledger.Begun) {
 	defer func() { <-r.places }()
 	a := capture.Attempt{Number: b.Attempt, Run: r.run.ID, StartedAt: r.Clock.Now().UTC()}
-	got, sent := r.send(begin, flight, c, b, a)
+	up, err := r.Upstreams.For(c.Route)
+	got, sent := answer{err: err}, false
+	if err == nil {
+		got, sent = r.send(begin, flight, up, c, b, a)
+	}
 	a.EndedAt = r.Clock.Now().UTC()
 	a.Status = got.status
 	if got.err != nil {
@@ -22,19 +26,15 @@ func (r *runner) attempt(begin, flight context.Context, c ledger.Candidate, b le
 	a.Verdict = c.Policy.Verdict(got.status, got.whole, true)
 	if sent {
 		r.tally.sent()
-		r.shape(got)
+		r.shape(r.gates.before(up), got)
 	}
 	r.writer.add(ledger.Ended{ID: b.ID, Token: b.Token, Attempt: a})
 }
 
 // send sends unless that is no longer allowed.
-func (r *runner) send(begin, flight context.Context, c ledger.Candidate, b ledger.Begun, a capture.Attempt) (got answer, sent bool) {
+func (r *runner) send(begin, flight context.Context, up *Upstream, c ledger.Candidate, b ledger.Begun, a capture.Attempt) (got answer, sent bool) {
 	if begin.Err() != nil {
 		return answer{err: fmt.Errorf("not sent: %w", context.Cause(begin))}, false
-	}
-	up, err := r.Upstreams.For(c.Route)
-	if err != nil {
-		return answer{err: fmt.Errorf("not sent: %w", err)}, false
 	}
 	// On its own goroutine, so that a cut run need not wait for the API. The
 	// goroutine ends by the timeout.
@@ -48,15 +48,15 @@ func (r *runner) send(begin, flight context.Context, c ledger.Candidate, b ledge
 	}
 }
 
-// shape lets an answer shape the pace of the run.
-func (r *runner) shape(got answer) {
+// shape lets an answer shape the pace at which its API is sent to.
+func (r *runner) shape(gate *gate, got answer) {
 	switch wait, ok := waitOf(got.retryAfter, r.Clock.Now()); {
 	case got.unconnected:
-		r.gate.refused()
+		gate.refused()
 	case ok && (got.status == 429 || got.status == 503):
-		r.gate.askedToWait(wait)
+		gate.askedToWait(wait)
 	case got.whole:
-		r.gate.answered()
+		gate.answered()
 	}
 }
 

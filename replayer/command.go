@@ -18,8 +18,10 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/spf13/cobra"
 
+	"github.com/holdfast-io/holdfast/pkg/capture"
 	"github.com/holdfast-io/holdfast/pkg/ledger"
 	"github.com/holdfast-io/holdfast/pkg/ledger/open"
+	"github.com/holdfast-io/holdfast/pkg/route"
 	"github.com/holdfast-io/holdfast/pkg/service"
 	"github.com/holdfast-io/holdfast/pkg/stream"
 )
@@ -73,6 +75,7 @@ func Main(p Process) int {
 type app struct {
 	Process
 	settings Settings
+	table    *route.Table // of the routes file, nil without one
 	logger   *slog.Logger
 	stop     chan struct{} // closed by the first signal
 	cut      context.CancelFunc
@@ -162,6 +165,7 @@ func (a *app) does(cmd *cobra.Command, read func(v *values, args []string) func(
 		v.problems = append(v.problems, unknownFlags(a.argsOf(cmd), cmd.Flags())...)
 		work := read(v, args)
 		v.problems = append(v.problems, problemsOf(service.Load(&a.settings, false))...)
+		v.problems = append(v.problems, a.loadRoutes()...)
 		for _, name := range notOffered {
 			if environment(service.ReplayName(name)) != "" {
 				v.problems = append(v.problems, service.ReplayName(name)+": is not offered yet")
@@ -178,6 +182,37 @@ func (a *app) does(cmd *cobra.Command, read func(v *values, args []string) func(
 	cmd.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return run(cmd, cmd.Flags().Args(), []string{err.Error()})
 	})
+}
+
+// loadRoutes reads the routes file, and gives a line for each thing that is
+// wrong with it.
+func (a *app) loadRoutes() []string {
+	if a.settings.RoutesFile == "" {
+		return nil
+	}
+	// Nothing here asks how large a body may be.
+	table, err := route.Load(service.Routes{RoutesFile: a.settings.RoutesFile}, 0)
+	a.table = table
+	if wrong, ok := errors.AsType[*route.FileError](err); ok {
+		lines := wrong.Lines()
+		for i, line := range lines {
+			lines[i] = "HOLDFAST_ROUTES_FILE: " + line
+		}
+		return lines
+	}
+	return problemsOf(err)
+}
+
+// known gives what reports whether there is a route, nil when all lead to
+// another system.
+func (a *app) known(send sending) func(string) bool {
+	switch {
+	case send.upstream != nil:
+		return nil
+	case a.table != nil:
+		return func(name string) bool { return a.table.ByName(name) != nil }
+	}
+	return func(name string) bool { return name == capture.DefaultRoute }
 }
 
 // argsOf gives the arguments that follow the command's name.
@@ -220,7 +255,7 @@ func (a *app) planCommand() *cobra.Command {
 				return err
 			}
 			s.Filter = toSend(s.Filter)
-			plan, err := MakePlan(ctx, store, s.Resolve(now), send.limit, send.rate)
+			plan, err := MakePlan(ctx, store, s.Resolve(now), a.known(send), send.limit, send.rate)
 			if err != nil {
 				return err
 			}
@@ -261,8 +296,8 @@ func (a *app) runCommand() *cobra.Command {
 		s, _ := v.filter(sendable)
 		send := v.send()
 		output := v.output()
-		if text, _ := v.text("upstream"); text == "" && environment("HOLDFAST_UPSTREAM_URL") == "" {
-			v.problems = append(v.problems, "HOLDFAST_UPSTREAM_URL: is required; set it to the API, or give --upstream to send elsewhere")
+		if text, _ := v.text("upstream"); text == "" && environment("HOLDFAST_UPSTREAM_URL") == "" && environment("HOLDFAST_ROUTES_FILE") == "" {
+			v.problems = append(v.problems, "HOLDFAST_UPSTREAM_URL: is required; set it to the API, or set HOLDFAST_ROUTES_FILE, or give --upstream to send elsewhere")
 		}
 		return func(ctx context.Context) error {
 			s.Filter = toSend(s.Filter)
@@ -291,7 +326,7 @@ func (a *app) run(ctx context.Context, send sending, output string) error {
 	if err != nil {
 		return fmt.Errorf("use jetstream: %w", err)
 	}
-	up, err := a.upstream(send)
+	up, err := a.upstreams(send)
 	if err != nil {
 		return err
 	}
@@ -301,7 +336,7 @@ func (a *app) run(ctx context.Context, send sending, output string) error {
 	if send.upstream != nil {
 		o.Target = send.upstream.String()
 	}
-	o.Ledger, o.Upstreams, o.Probe = store, up, up.Probe
+	o.Ledger, o.Upstreams = store, up
 	o.Owner = owner()
 	o.Clock = SystemClock{}
 	o.Logger = a.logger
@@ -330,17 +365,27 @@ func (a *app) run(ctx context.Context, send sending, output string) error {
 	return a.print(output, &report, report.WriteText)
 }
 
-func (a *app) upstream(send sending) (*Upstream, error) {
-	o := UpstreamOptions{URL: &a.settings.UpstreamURL.URL, CAFile: a.settings.UpstreamCAFile, MaxConns: send.concurrency}
+// upstreams gives the APIs of all routes, or the other system that was asked for.
+// That one gets the requests as they were captured: a route's token is not for
+// it.
+func (a *app) upstreams(send sending) (interface {
+	Upstreams
+	Close()
+}, error) {
 	if send.upstream != nil {
-		o.URL = send.upstream
+		o := UpstreamOptions{URL: send.upstream, CAFile: a.settings.UpstreamCAFile, MaxConns: send.concurrency}
 		if !a.settings.PreserveHost {
-			// The captured head has the host that the API was to see; another
-			// system sees its own.
 			o.Host = send.upstream.Host
 		}
+		return NewUpstream(o)
 	}
-	return NewUpstream(o)
+	o := RoutesOptions{CAFile: a.settings.UpstreamCAFile, PreserveHost: a.settings.PreserveHost, MaxConns: send.concurrency}
+	if a.table != nil {
+		o.Routes = a.table.Routes()
+	} else {
+		o.Routes = []*route.Route{{Name: capture.DefaultRoute, Upstream: &a.settings.UpstreamURL.URL}}
+	}
+	return NewRoutes(o)
 }
 
 // owner names this process among those that hold runs.

@@ -303,8 +303,10 @@ func TestPlanShowsAndSendsNothing(t *testing.T) {
 	require.NoError(t, b.Quarantine(t.Context(), ids[5], capture.QuarantineLate, "too late"))
 	before := b.states(t)
 
+	routes := routesFile(t, "default", "http://a", "calls", "http://b")
 	plan := func(args ...string) replayer.Plan {
 		p := command(t, b, nowhere, "", append([]string{"plan", "--output", "json"}, args...)...)
+		p.Env = append(p.Env, routes)
 		require.Equal(t, 0, p.code(t), p.stderr.String())
 		var plan replayer.Plan
 		require.NoError(t, json.Unmarshal(p.stdout.Bytes(), &plan))
@@ -333,7 +335,20 @@ func TestPlanShowsAndSendsNothing(t *testing.T) {
 	require.Equal(t, int64(2), plan("--since", "1h", "--limit", "9").Requests)
 	require.Equal(t, int64(1), plan("--limit", "1").Requests)
 
+	// Without the file there is the default route alone, and --upstream asks for
+	// none.
+	require.Empty(t, all.Unrouted)
+	routes = ""
+	alone := plan()
+	require.Equal(t, int64(1), alone.Requests)
+	require.Equal(t, map[string]int64{"calls": 1}, alone.Unrouted)
+	require.Equal(t, int64(2), plan("--upstream", "http://other").Requests)
+
 	p := command(t, b, nowhere, "", "plan")
+	require.Equal(t, 0, p.code(t))
+	require.Contains(t, p.stdout.String(), "no route   calls 1 (would be left alone)")
+	p = command(t, b, nowhere, "", "plan")
+	p.Env = append(p.Env, routesFile(t, "default", "http://a", "calls", "http://b"))
 	require.Equal(t, 0, p.code(t))
 	for _, want := range []string{"to send    2 requests, 5 B of bodies", "states     failed 2", "not sent   waiting 1, quarantined 1, payload gone 0", "4 at a time", ids[1].String()} {
 		require.Contains(t, p.stdout.String(), want)

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"slices"
+	"strings"
 
 	"github.com/google/uuid"
 
@@ -15,6 +16,7 @@ import (
 // conclude fills the report and tells the ledger how the run ended.
 func (r *runner) conclude(ctx context.Context, report *Report, err error) {
 	report.RunCounts, report.Failures = r.tally.read()
+	report.Unrouted = r.unrouted
 	report.EndedAt = r.Clock.Now().UTC()
 	report.Seconds = report.EndedAt.Sub(report.StartedAt).Seconds()
 	if report.Seconds > 0 {
@@ -28,7 +30,7 @@ func (r *runner) conclude(ctx context.Context, report *Report, err error) {
 	case errors.Is(err, ErrCancelled):
 		report.End = EndCancelled
 	case errors.Is(err, ErrPaused):
-		report.End, report.Reason = EndPaused, err.Error()
+		report.End, report.Reason = EndPaused, strings.ReplaceAll(err.Error(), "\n", "; ")
 	default:
 		report.End, report.Reason = EndFailed, err.Error()
 	}
@@ -70,7 +72,7 @@ func (r *Report) exitCode() int {
 		return ExitFailed
 	case r.End != EndFinished:
 		return ExitReplayable
-	case r.Left.Replayable > 0 || r.Left.Waiting > 0:
+	case r.Left.Replayable > 0 || r.Left.Waiting > 0 || len(r.Unrouted) > 0:
 		return ExitReplayable
 	case r.Left.Rejected > 0 || r.Left.Quarantined > 0:
 		return ExitHeld

@@ -22,6 +22,11 @@
 //     targets with control bytes and makes "//a" an absolute one.
 //  5. End: the result is written under the lease's fencing token.
 //
+// Each request goes to the API of its route, by name. One whose route is gone is
+// left alone, and counted in the report. An API that cannot be reached, or asks
+// to wait, holds up its own requests alone: they are passed over, and the run
+// waits for it once there is nothing else to send.
+//
 // A page is cut short when it has grown old, because the API is slow or the run
 // has paused, and the rest selected anew.
 //

@@ -47,7 +47,7 @@ func sendFlags() []flagInfo {
 		{name: "rate", def: "0", shown: "0, no limit", meaning: "send at most `N` requests a second"},
 		{name: "concurrency", def: "4", meaning: "have at most `N` requests in flight"},
 		{name: "max-attempts", def: "3", meaning: "send one request at most `N` times in this run"},
-		{name: "upstream", shown: "HOLDFAST_UPSTREAM_URL", meaning: "send to another system at `URL`: attempts change no state then"},
+		{name: "upstream", shown: "the API of each request's route", meaning: "send to another system at `URL`: attempts change no state then"},
 		{name: "wait", def: "0s", meaning: "wait up to `D` for requests that match and cannot be sent yet"},
 		{name: "pause-limit", def: "5m", meaning: "pause for at most `D` while the API cannot be reached or asks to wait"},
 		{name: "fence-timeout", def: "30s", meaning: "wait for at most `D` until all completions have reached the ledger"},

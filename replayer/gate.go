@@ -25,12 +25,32 @@ type gate struct {
 	// shutSince is when the gate was shut after the last good answer; zero while
 	// all is well. The limit counts from it.
 	shutSince time.Time
+	tried     time.Time // when try was called last
 }
 
 // newGate makes a gate that asks for a connect before the first send: an API
 // that is down costs no attempt.
 func newGate(clock Clock, logger *slog.Logger, limit time.Duration) *gate {
 	return &gate{clock: clock, logger: logger, limit: limit, unreachable: true}
+}
+
+// gates has a gate for each API. It is safe for concurrent use.
+type gates struct {
+	make func() *gate
+	mu   sync.Mutex
+	of   map[*api]*gate
+}
+
+// before gives the gate of the upstream's API.
+func (g *gates) before(u *Upstream) *gate {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	one, ok := g.of[u.api]
+	if !ok {
+		one = g.make()
+		g.of[u.api] = one
+	}
+	return one
 }
 
 // refused shuts the gate until a connect succeeds.
@@ -80,6 +100,56 @@ const (
 	lastProbe  = 5 * time.Second
 )
 
+// try asks once whether the API may be sent to, and connects to it where a
+// connect must succeed first. It does not sleep. The error is that of wait.
+func (g *gate) try(ctx context.Context, probe func(context.Context) error) (bool, error) {
+	g.mu.Lock()
+	g.tried = g.clock.Now()
+	now, until, unreachable, since := g.tried, g.until, g.unreachable, g.shutSince
+	g.mu.Unlock()
+	switch {
+	case until.After(now):
+		if until.Sub(since) > g.limit {
+			return false, g.asked(until.Sub(now))
+		}
+		return false, nil
+	case !unreachable:
+		return true, nil
+	}
+	err := probe(ctx)
+	if ctx.Err() != nil {
+		return false, context.Cause(ctx)
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if err == nil {
+		g.unreachable = false
+		return !g.until.After(g.clock.Now()), nil
+	}
+	if g.shutSince.IsZero() {
+		g.logger.Warn("api cannot be reached, its requests wait", "err", err)
+	}
+	g.shut()
+	if g.clock.Now().Sub(g.shutSince) >= g.limit {
+		return false, g.away(err)
+	}
+	return false, nil
+}
+
+func (g *gate) lastTry() time.Time {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.tried
+}
+
+func (g *gate) asked(pause time.Duration) error {
+	return fmt.Errorf("the API asks to wait %s, --pause-limit is %s: %w", pause.Round(time.Second), g.limit, ErrPaused)
+}
+
+func (g *gate) away(err error) error {
+	return fmt.Errorf("the API could not be reached for %s: %w: %w", g.limit, err, ErrPaused)
+}
+
 // wait returns nil when the API may be sent to. probe connects to it. It gives
 // an error that wraps [ErrPaused] when the gate was shut for longer than the
 // limit, and the cause when ctx ends.
@@ -95,7 +165,7 @@ func (g *gate) wait(ctx context.Context, probe func(context.Context) error) erro
 		switch {
 		case pause > 0:
 			if now.Add(pause).Sub(since) > g.limit {
-				return fmt.Errorf("the API asks to wait %s, --pause-limit is %s: %w", pause.Round(time.Second), g.limit, ErrPaused)
+				return g.asked(pause)
 			}
 			g.logger.Info("pausing, as the api asks", "for", pause)
 			if err := g.clock.Sleep(ctx, pause); err != nil {
@@ -122,7 +192,7 @@ func (g *gate) wait(ctx context.Context, probe func(context.Context) error) erro
 				said = true
 			}
 			if left := g.limit - g.clock.Now().Sub(since); left <= 0 {
-				return fmt.Errorf("the API could not be reached for %s: %w: %w", g.limit, err, ErrPaused)
+				return g.away(err)
 			} else if err := g.clock.Sleep(ctx, min(delay, left)); err != nil {
 				return err
 			}

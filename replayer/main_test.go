@@ -382,7 +382,7 @@ func options(t testing.TB, b *books, apiURL string) replayer.Options {
 	t.Helper()
 	up := upstreamTo(t, apiURL)
 	return replayer.Options{
-		Ledger: b, Fence: passing{}, Upstreams: up, Probe: up.Probe, Owner: t.Name(), Clock: newClock(),
+		Ledger: b, Fence: passing{}, Upstreams: up, Owner: t.Name(), Clock: newClock(),
 		Selection: replayer.Selection{Filter: ledger.Filter{Replayable: true}},
 	}
 }

@@ -85,9 +85,11 @@ func (r *runner) page(begin, flight context.Context, page []ledger.Candidate) (i
 	together, alone := schedule(page)
 	selected := r.Clock.Now()
 	last := page[len(page)-1].ID
-	begun := 0
+	begun, waited := 0, false
 	send := func(from []ledger.Candidate, most int) (int, error) {
-		took, n, err := r.batch(begin, flight, from, most, func() error { return r.ready(begin, selected, begun == 0) })
+		took, n, err := r.batch(begin, flight, from, most, func(c ledger.Candidate) error {
+			return r.ready(begin, c, selected, begun == 0, &waited)
+		})
 		begun += n
 		return took, err
 	}
@@ -123,26 +125,41 @@ func (r *runner) page(begin, flight context.Context, page []ledger.Candidate) (i
 // errOld says that a page has grown too old to send more of it.
 var errOld = errors.New("page is too old")
 
-// ready waits until one request may be sent: for its turn by the rate, and for
-// the API. A page that has grown old meanwhile gives errOld, and the turn is
-// kept for the next; but the first of a page goes if it did not have to wait, so
-// that a slow fence does not stop a run.
-func (r *runner) ready(ctx context.Context, selected time.Time, first bool) error {
-	waited := false
+// errAside says that the API of a request cannot be sent to now, while there may
+// be requests for others.
+var errAside = errors.New("the API is not to be sent to now")
+
+// ready waits until a request may be sent: for its turn by the rate, and for its
+// API. Where there are others, it does not wait for that, but gives errAside. A
+// page that has grown old meanwhile gives errOld, and the turn is kept for the
+// next; but the first of a page goes if nothing of the page had to wait, so that
+// a slow fence does not stop a run.
+func (r *runner) ready(ctx context.Context, c ledger.Candidate, selected time.Time, first bool, waited *bool) error {
 	if !r.turn {
-		waited = true
+		*waited = true
 		if err := r.pace(ctx); err != nil {
 			return err
 		}
 		r.turn = true
 	}
-	if !r.gate.isOpen() {
-		waited = true
-		if err := r.gate.wait(ctx, r.Probe); err != nil {
+	up, err := r.Upstreams.For(c.Route)
+	if err != nil {
+		return err
+	}
+	if gate := r.gates.before(up); !gate.isOpen() {
+		*waited = true
+		if !r.Upstreams.Several() {
+			err = gate.wait(ctx, up.Probe)
+		} else if open, terr := r.try(ctx, up); terr != nil {
+			err = terr
+		} else if !open {
+			err = errAside
+		}
+		if err != nil {
 			return err
 		}
 	}
-	if r.since(selected) >= pageAge && (waited || !first) {
+	if r.since(selected) >= pageAge && (*waited || !first) {
 		return errOld
 	}
 	return nil
@@ -164,9 +181,9 @@ func previous(page []ledger.Candidate, id uuid.UUID) uuid.UUID {
 // those after it for which there is a place right now, and sends them. It says
 // how many candidates it took and how many of them were begun.
 func (r *runner) batch(
-	begin, flight context.Context, from []ledger.Candidate, most int, ready func() error,
+	begin, flight context.Context, from []ledger.Candidate, most int, ready func(ledger.Candidate) error,
 ) (took, begun int, err error) {
-	for took < len(from) && !r.admits(from[took].ID) {
+	for took < len(from) && !r.admits(from[took]) {
 		took++
 	}
 	if took == len(from) {
@@ -184,7 +201,10 @@ func (r *runner) batch(
 		}
 	}()
 	// With a place at hand: whatever the last answer said of the API is known.
-	if err := ready(); err != nil {
+	switch err := ready(from[took]); {
+	case errors.Is(err, errAside):
+		return took + 1, 0, nil // it is passed over
+	case err != nil:
 		return 0, 0, err
 	}
 	r.turn = false
@@ -192,14 +212,14 @@ func (r *runner) batch(
 	r.touch(from[took].ID)
 	took++
 more:
-	for took < len(from) && len(chosen) < most && r.admits(from[took].ID) {
+	for took < len(from) && len(chosen) < most && r.admits(from[took]) {
 		select {
 		case r.places <- struct{}{}:
 			places++
 		default:
 			break more
 		}
-		if !r.gate.isOpen() || r.limiter != nil && !r.limiter.AllowN(r.Clock.Now(), 1) {
+		if !r.open(from[took]) || r.limiter != nil && !r.limiter.AllowN(r.Clock.Now(), 1) {
 			break
 		}
 		chosen = append(chosen, from[took])
@@ -232,6 +252,12 @@ more:
 		go r.attempt(begin, flight, chosen[i], b)
 	}
 	return took, begun, nil
+}
+
+// open reports whether the API of a request may be sent to right now.
+func (r *runner) open(c ledger.Candidate) bool {
+	up, err := r.Upstreams.For(c.Route)
+	return err == nil && r.gates.before(up).isOpen()
 }
 
 func (r *runner) touch(id uuid.UUID) {

@@ -53,6 +53,8 @@ type Plan struct {
 	Waiting        int64 `json:"waiting"` // in their grace
 	Quarantined    int64 `json:"quarantined"`
 	PayloadExpired int64 `json:"payload_expired"`
+	// Unrouted counts those whose route is gone, by route.
+	Unrouted map[string]int64 `json:"unrouted,omitempty"`
 	// Seconds is how long it takes at the given rate, 0 without one.
 	Seconds float64  `json:"estimate_seconds,omitempty"`
 	Sample  []Sample `json:"sample"` // the first ones
@@ -73,13 +75,16 @@ type Sample struct {
 // sampleSize is how many requests a plan shows.
 const sampleSize = 10
 
-// MakePlan counts what a run with this filter would send. It reads only, and
+// MakePlan counts what a run with this filter would send. known reports whether
+// there is a route with this name; without it all are known. It reads only, and
 // walks all that is open or asked for.
-func MakePlan(ctx context.Context, l lister, filter ledger.Filter, limit int, ratePerSecond float64) (Plan, error) {
+func MakePlan(
+	ctx context.Context, l lister, filter ledger.Filter, known func(route string) bool, limit int, ratePerSecond float64,
+) (Plan, error) {
 	p := Plan{
 		Filter: filter, Limit: limit,
 		Routes: make(map[string]int64), States: make(map[capture.State]int64), Statuses: make(map[string]int64),
-		Sample: []Sample{},
+		Sample: []Sample{}, Unrouted: make(map[string]int64),
 	}
 	// What waits and what is quarantined matches all but the state. The listing
 	// decides about statuses, for it knows more of them than it gives.
@@ -104,6 +109,8 @@ func MakePlan(ctx context.Context, l lister, filter ledger.Filter, limit int, ra
 			p.PayloadExpired++
 		case !narrow.Sendable(&q, 0):
 			p.Waiting++
+		case known != nil && !known(q.Route):
+			p.Unrouted[q.Route]++
 		case limit > 0 && p.Requests >= int64(limit):
 		default:
 			p.add(q)
@@ -165,6 +172,9 @@ func (p *Plan) WriteText(w io.Writer, concurrency int) error {
 		}
 	}
 	fmt.Fprintf(&b, "not sent   waiting %d, quarantined %d, payload gone %d\n", p.Waiting, p.Quarantined, p.PayloadExpired)
+	if len(p.Unrouted) > 0 {
+		fmt.Fprintf(&b, "no route   %s (would be left alone)\n", printable(counts(p.Unrouted)))
+	}
 	if len(p.Sample) > 0 {
 		b.WriteString("\n")
 		t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)

@@ -48,6 +48,9 @@ type Report struct {
 	ledger.RunCounts
 	Total ledger.RunCounts `json:"total"`
 	Left  LeftCounts       `json:"left"`
+	// Unrouted counts, by route, requests that this process came across and left
+	// alone because their route is gone. They stay replayable.
+	Unrouted map[string]int64 `json:"unrouted,omitempty"`
 	// Newer is true when requests that came after the selection was frozen match
 	// the filter too.
 	Newer bool `json:"newer"`
@@ -134,6 +137,15 @@ func (t *tally) read() (ledger.RunCounts, []Failure) {
 	return t.counts, slices.Clone(t.failures)
 }
 
+// gone counts the requests whose route is gone.
+func (r *Report) gone() int64 {
+	n := int64(0)
+	for _, one := range r.Unrouted {
+		n += one
+	}
+	return n
+}
+
 // next says what to do about what is left.
 func (r *Report) next() []string {
 	var steps []string
@@ -145,7 +157,10 @@ func (r *Report) next() []string {
 	case EndFailed:
 		steps = append(steps, "see the reason above, then run it again with the same filter: it goes on where it was")
 	}
-	if r.End == EndFinished && r.Left.Replayable > 0 {
+	if len(r.Unrouted) > 0 {
+		steps = append(steps, "put the routes that are gone back into HOLDFAST_ROUTES_FILE and run it again, or give their requests up with discard --route")
+	}
+	if r.End == EndFinished && r.Left.Replayable > r.gone() {
 		steps = append(steps, "mend what the failures name, then run it again: each run has its own attempts")
 	}
 	if r.Left.Waiting > 0 {
@@ -186,6 +201,9 @@ func (r *Report) WriteText(w io.Writer) error {
 		r.Processed, r.Failed, r.Rejected, r.Unknown, r.Skipped)
 	fmt.Fprintf(&b, "left       replayable %d, waiting %d, quarantined %d, rejected %d\n",
 		r.Left.Replayable, r.Left.Waiting, r.Left.Quarantined, r.Left.Rejected)
+	if len(r.Unrouted) > 0 {
+		fmt.Fprintf(&b, "no route   %s (left alone)\n", printable(counts(r.Unrouted)))
+	}
 	if len(r.Failures) > 0 {
 		b.WriteString("failures\n")
 		for _, f := range r.Failures {

@@ -6,6 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"math"
+	"slices"
 	"sync"
 	"time"
 
@@ -47,8 +50,6 @@ type Options struct {
 	Ledger    Ledger
 	Fence     Passer
 	Upstreams Upstreams
-	// Probe connects to the API, to see whether it can be reached.
-	Probe     func(context.Context) error
 	Selection Selection
 	// Target is empty, or the URL of another system that Upstreams leads to:
 	// then attempts change no state.
@@ -115,6 +116,9 @@ const (
 	// waitPoll is how often a waiting run looks whether something has become
 	// replayable.
 	waitPoll = time.Second
+	// asideProbe is how often one API is looked after while others are sent to.
+	// A connect that gets no answer takes probeTimeout, a sixth of it.
+	asideProbe = 30 * time.Second
 	// settle bounds the last words of a run to the ledger after it was cut.
 	settle = 10 * time.Second
 )
@@ -125,7 +129,7 @@ type runner struct {
 	run     ledger.Run
 	lease   ledger.RunLease
 	writer  *writer
-	gate    *gate
+	gates   gates
 	limiter *rate.Limiter
 	places  chan struct{} // one element for each request in flight
 	tally   tally
@@ -136,6 +140,12 @@ type runner struct {
 	total   int64
 	touched map[uuid.UUID]struct{} // what was begun, kept when there is a limit
 	highest uuid.UUID              // of touched
+
+	// Of the goroutine that goes through the selection:
+	aside    map[*api]*Upstream // APIs whose requests are passed over for now
+	given    map[*api]error     // APIs that were away for too long, and why
+	unrouted map[string]int64   // requests whose route is gone, by route; nil without any
+	counted  uuid.UUID          // the highest of them
 }
 
 // Run makes or picks up a run and works on it until its selection has been gone
@@ -181,7 +191,11 @@ func Run(ctx context.Context, o Options) (Report, error) {
 	}
 	r := &runner{
 		Options: o, run: found.run, lease: found.lease, halt: halt,
-		gate:   newGate(o.Clock, o.Logger, o.PauseLimit),
+		gates: gates{
+			make: func() *gate { return newGate(o.Clock, o.Logger, o.PauseLimit) },
+			of:   make(map[*api]*gate),
+		},
+		aside: make(map[*api]*Upstream), given: make(map[*api]error),
 		places: make(chan struct{}, o.Concurrency),
 	}
 	if o.Rate > 0 {
@@ -257,17 +271,90 @@ func (r *runner) passes(begin, flight context.Context) error {
 			return err
 		}
 		if again && begun > 0 {
-			// Some have failed and have attempts left.
-			if err := r.Clock.Sleep(begin, backoff); err != nil {
+			// Some have failed and have attempts left. Those that were put aside
+			// have not: they need not wait for longer than their API asks.
+			wait, rest := backoff, time.Duration(0)
+			if len(r.aside) > 0 {
+				wait, rest = firstBackoff, backoff-firstBackoff
+			}
+			if err := r.Clock.Sleep(begin, wait); err != nil {
 				return err
 			}
-			backoff = min(backoff*2, lastBackoff)
+			opened, err := r.awaitAPI(begin, rest)
+			if err != nil {
+				return err
+			}
+			if !opened {
+				backoff = min(backoff*2, lastBackoff)
+			}
+			continue
+		}
+		if again && len(r.aside) > 0 {
+			// Bounded by Options.PauseLimit.
+			if _, err := r.awaitAPI(begin, math.MaxInt64); err != nil {
+				return err
+			}
 			continue
 		}
 		if more, err := r.await(begin, &patience, again); err != nil || !more {
-			return err
+			return errors.Join(append([]error{err}, slices.Collect(maps.Values(r.given))...)...)
 		}
 	}
+}
+
+// awaitAPI waits until one of the APIs that were put aside may be sent to, or
+// all of them were away for too long, but at most for the given time. It reports
+// whether one may be sent to.
+func (r *runner) awaitAPI(ctx context.Context, most time.Duration) (bool, error) {
+	delay := firstProbe
+	for {
+		for _, up := range r.aside {
+			if open, err := r.try(ctx, up); err != nil || open {
+				return open, err
+			}
+		}
+		if len(r.aside) == 0 || most <= 0 {
+			return false, nil
+		}
+		step := min(delay, most)
+		if err := r.Clock.Sleep(ctx, step); err != nil {
+			return false, err
+		}
+		most -= step
+		delay = min(delay*2, lastProbe)
+	}
+}
+
+// look asks, in the middle of a pass, after the APIs that were put aside: one
+// that only asked to wait is back without a connect, the others are not asked
+// often, for a connect that gets no answer holds up the rest.
+func (r *runner) look(ctx context.Context) error {
+	for _, up := range r.aside {
+		if gate := r.gates.before(up); gate.isOpen() || r.since(gate.lastTry()) >= asideProbe {
+			if _, err := r.try(ctx, up); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// try asks whether an API may be sent to. One that was away for too long is
+// given up: its requests stay replayable. The error is the cause when ctx ends.
+func (r *runner) try(ctx context.Context, up *Upstream) (bool, error) {
+	open, err := r.gates.before(up).try(ctx, up.Probe)
+	switch {
+	case ctx.Err() != nil:
+		return false, context.Cause(ctx)
+	case err != nil:
+		r.given[up.api] = fmt.Errorf("%s: %w", up.addr, err)
+		delete(r.aside, up.api)
+	case open:
+		delete(r.aside, up.api)
+	default:
+		r.aside[up.api] = up
+	}
+	return open, nil
 }
 
 // await waits until there is something to send again, and takes the time from
@@ -310,7 +397,10 @@ func (r *runner) anything(ctx context.Context) (bool, error) {
 			return false, err
 		}
 		for _, c := range page {
-			if r.admits(c.ID) {
+			switch up, err := r.upstream(c); {
+			case err != nil:
+				return false, err
+			case up != nil && r.given[up.api] == nil && r.within(c.ID):
 				return true, nil
 			}
 		}
@@ -321,8 +411,46 @@ func (r *runner) anything(ctx context.Context) (bool, error) {
 	}
 }
 
-// admits reports whether the limit lets a request be begun.
-func (r *runner) admits(id uuid.UUID) bool {
+// upstream gives where a request is sent, nil when its route is gone.
+func (r *runner) upstream(c ledger.Candidate) (*Upstream, error) {
+	up, err := r.Upstreams.For(c.Route)
+	if errors.Is(err, ErrNoUpstream) {
+		return nil, nil
+	}
+	return up, err
+}
+
+// routed gives what of a page has a route, and counts the rest.
+func (r *runner) routed(page []ledger.Candidate) ([]ledger.Candidate, error) {
+	kept := make([]ledger.Candidate, 0, len(page))
+	for _, c := range page {
+		up, err := r.upstream(c)
+		switch {
+		case err != nil:
+			return nil, err
+		case up != nil:
+			kept = append(kept, c)
+		case bytes.Compare(c.ID[:], r.counted[:]) > 0:
+			if r.unrouted == nil {
+				r.unrouted = make(map[string]int64)
+			}
+			if r.unrouted[c.Route]++; r.unrouted[c.Route] == 1 {
+				r.Logger.Warn("route is gone, its requests are left alone", "route", printable(c.Route))
+			}
+			r.counted = c.ID
+		}
+	}
+	return kept, nil
+}
+
+// admits reports whether a request may be begun now.
+func (r *runner) admits(c ledger.Candidate) bool {
+	up, err := r.upstream(c)
+	return err == nil && up != nil && r.aside[up.api] == nil && r.given[up.api] == nil && r.within(c.ID)
+}
+
+// within reports whether the limit lets a request be begun.
+func (r *runner) within(id uuid.UUID) bool {
 	if r.touched == nil || len(r.touched) < r.Limit {
 		return true
 	}
@@ -340,6 +468,7 @@ func (r *runner) beyond(id uuid.UUID) bool {
 func (r *runner) pass(begin, flight context.Context) (int, error) {
 	total := 0
 	after := uuid.Nil
+	clear(r.aside)
 	passage := r.passFence(begin)
 	defer func() { passage.abandon() }()
 	for {
@@ -350,16 +479,29 @@ func (r *runner) pass(begin, flight context.Context) (int, error) {
 		if err != nil || len(page) == 0 {
 			return total, err
 		}
-		// The next page's fence costs no throughput while this page is sent.
-		passage = r.passFence(begin)
-		n, last, err := r.page(begin, flight, page)
-		total += n
+		routed, err := r.routed(page)
 		if err != nil {
 			return total, err
 		}
-		cut := last != page[len(page)-1].ID
+		// The next page's fence costs no throughput while this page is sent.
+		passage = r.passFence(begin)
+		last := page[len(page)-1].ID
+		cut := false
+		if len(routed) > 0 {
+			n, upTo, err := r.page(begin, flight, routed)
+			total += n
+			if err != nil {
+				return total, err
+			}
+			if upTo != routed[len(routed)-1].ID {
+				last, cut = upTo, true
+			}
+		}
 		if len(page) < pageSize && !cut || r.beyond(last) {
 			return total, nil
+		}
+		if err := r.look(begin); err != nil {
+			return total, err
 		}
 		if r.since(passage.began) >= fenceAge {
 			// The run has paused meanwhile.

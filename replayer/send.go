@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -23,10 +24,15 @@ import (
 	"github.com/holdfast-io/holdfast/pkg/upstream"
 )
 
-// Upstreams says where the requests of a route are sent.
+// Upstreams says where the requests of a route are sent. It is safe for
+// concurrent use.
 type Upstreams interface {
-	// For gives the route's upstream. Errors wrap [ErrNoUpstream].
+	// For gives the route's upstream. The error wraps [ErrNoUpstream] where there
+	// is no such route, so that its requests are left alone; any other error is
+	// in the way of a run.
 	For(route string) (*Upstream, error)
+	// Several reports whether not all upstreams are one API.
+	Several() bool
 }
 
 // UpstreamOptions describe an API.
@@ -42,12 +48,24 @@ type UpstreamOptions struct {
 	MaxConns int
 }
 
-// Upstream is one API and the connections to it. It is safe for concurrent use.
+// Upstream is one API, the connections to it, and what a route has changed in
+// the requests that it gets. It is safe for concurrent use.
 type Upstream struct {
+	*api
+	host string   // replaces the captured one unless empty
+	set  []header // replace captured ones
+}
+
+// api is what the upstreams of several routes may share.
+type api struct {
 	pool *upstream.Pool
 	addr string
 	tls  *tls.Config // nil for http
-	host string
+}
+
+// header is one field of a request's head.
+type header struct {
+	name, value string
 }
 
 // idleTimeout of connections. Servers of APIs close idle ones after as little as
@@ -57,37 +75,40 @@ const idleTimeout = time.Second
 
 // NewUpstream reads the certificates and makes the pool. It does not connect.
 func NewUpstream(o UpstreamOptions) (*Upstream, error) {
-	u := &Upstream{host: o.Host, addr: o.URL.Host}
+	a := &api{addr: o.URL.Host}
 	if o.URL.Port() == "" {
-		u.addr = net.JoinHostPort(o.URL.Hostname(), map[string]string{"http": "80", "https": "443"}[o.URL.Scheme])
+		a.addr = net.JoinHostPort(o.URL.Hostname(), map[string]string{"http": "80", "https": "443"}[o.URL.Scheme])
 	}
 	if o.URL.Scheme == "https" {
-		u.tls = &tls.Config{ServerName: o.URL.Hostname(), NextProtos: []string{"http/1.1"}}
+		a.tls = &tls.Config{ServerName: o.URL.Hostname(), NextProtos: []string{"http/1.1"}}
 		if o.CAFile != "" {
 			pem, err := os.ReadFile(o.CAFile)
 			if err != nil {
 				return nil, fmt.Errorf("read certificates: %w", err)
 			}
-			u.tls.RootCAs = x509.NewCertPool()
-			if !u.tls.RootCAs.AppendCertsFromPEM(pem) {
+			a.tls.RootCAs = x509.NewCertPool()
+			if !a.tls.RootCAs.AppendCertsFromPEM(pem) {
 				return nil, fmt.Errorf("read certificates: %s holds none", o.CAFile)
 			}
 		}
 	}
 	pool, err := upstream.New(upstream.Options{
-		URL: o.URL, TLS: u.tls, MaxConns: o.MaxConns, IdleTimeout: idleTimeout,
+		URL: o.URL, TLS: a.tls, MaxConns: o.MaxConns, IdleTimeout: idleTimeout,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("make upstream: %w", err)
 	}
-	u.pool = pool
-	return u, nil
+	a.pool = pool
+	return &Upstream{api: a, host: o.Host}, nil
 }
 
 // For makes one upstream the upstream of every route.
 func (u *Upstream) For(string) (*Upstream, error) { return u, nil }
 
-// Close closes idle connections.
+// Several reports that there is one.
+func (u *Upstream) Several() bool { return false }
+
+// Close closes idle connections, to the API of all routes that share it.
 func (u *Upstream) Close() { u.pool.Close() }
 
 // probeTimeout bounds one probing connect. An API that takes longer to accept
@@ -96,16 +117,16 @@ const probeTimeout = 5 * time.Second
 
 // Probe connects, TLS handshake included, and closes the connection. No byte of
 // a request is sent.
-func (u *Upstream) Probe(ctx context.Context) error {
+func (a *api) Probe(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	var dialer interface {
 		DialContext(ctx context.Context, network, addr string) (net.Conn, error)
 	} = &net.Dialer{}
-	if u.tls != nil {
-		dialer = &tls.Dialer{Config: u.tls}
+	if a.tls != nil {
+		dialer = &tls.Dialer{Config: a.tls}
 	}
-	c, err := dialer.DialContext(ctx, "tcp", u.addr)
+	c, err := dialer.DialContext(ctx, "tcp", a.addr)
 	if err != nil {
 		return err
 	}
@@ -144,7 +165,7 @@ func (u *Upstream) send(ctx context.Context, source payloads, c ledger.Candidate
 		return answer{err: fmt.Errorf("read payload: %w", err)}
 	}
 	defer func() { _ = body.Close() }()
-	head = replayHead(head, u.host, c, a)
+	head = u.head(head, c, a)
 
 	// A small body goes out with the head. It is read before the API sees a
 	// byte, so that a ledger that fails here cannot cut the request.
@@ -241,9 +262,10 @@ var dropped = []string{
 	"Content-Length", "Expect",
 }
 
-// replayHead gives the captured head as it is sent: the request line and the
-// header fields byte for byte and in their order, then what a replay adds.
-func replayHead(head []byte, host string, c ledger.Candidate, a capture.Attempt) []byte {
+// head gives the captured head as it is sent: the request line and the header
+// fields byte for byte and in their order, but for those that the route
+// replaces, then those, then what every replay adds.
+func (u *Upstream) head(head []byte, c ledger.Candidate, a capture.Attempt) []byte {
 	out := make([]byte, 0, len(head)+256)
 	line, rest, _ := bytes.Cut(head, []byte("\r\n"))
 	out = append(append(out, line...), "\r\n"...)
@@ -259,10 +281,10 @@ func replayHead(head []byte, host string, c ledger.Candidate, a capture.Attempt)
 		case strings.EqualFold(name, "Content-Length"):
 			framed = true
 			continue
-		case capture.IsOwnHTTPHeader(name) || isDropped(name):
+		case capture.IsOwnHTTPHeader(name) || isDropped(name) || u.sets(name):
 			continue
-		case host != "" && strings.EqualFold(name, "Host"):
-			line = []byte("Host: " + host)
+		case u.host != "" && strings.EqualFold(name, "Host"):
+			line = []byte("Host: " + u.host)
 		}
 		out = append(append(out, line...), "\r\n"...)
 	}
@@ -272,6 +294,9 @@ func replayHead(head []byte, host string, c ledger.Candidate, a capture.Attempt)
 		out = append(out, value...)
 		out = append(out, "\r\n"...)
 	}
+	for _, h := range u.set {
+		add(h.name, h.value)
+	}
 	if framed {
 		add("Content-Length", strconv.FormatInt(c.Size, 10))
 	}
@@ -280,6 +305,17 @@ func replayHead(head []byte, host string, c ledger.Candidate, a capture.Attempt)
 	add(capture.HTTPHeaderAttempt, strconv.Itoa(a.Number))
 	add(capture.HTTPHeaderReceivedAt, c.ReceivedAt.UTC().Format(time.RFC3339Nano))
 	return append(out, "\r\n"...)
+}
+
+// sets reports whether the route replaces the header.
+func (u *Upstream) sets(name string) bool {
+	return slices.ContainsFunc(u.set, func(h header) bool { return sameHeader(h.name, name) })
+}
+
+// sameHeader reports whether an API may take the names for one: letter case does
+// not count, nor does "_" for "-" to CGI-like servers.
+func sameHeader(a, b string) bool {
+	return strings.EqualFold(strings.ReplaceAll(a, "_", "-"), strings.ReplaceAll(b, "_", "-"))
 }
 
 func isDropped(name string) bool {

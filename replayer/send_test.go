@@ -49,7 +49,7 @@ func TestSendsOverTLSToCertificatesOfAFile(t *testing.T) {
 	up, err := replayer.NewUpstream(replayer.UpstreamOptions{URL: u, CAFile: file, MaxConns: 4, Host: "other.example"})
 	require.NoError(t, err)
 	defer up.Close()
-	o.Upstreams, o.Probe, o.Clock = up, up.Probe, newClock()
+	o.Upstreams, o.Clock = up, newClock()
 	report = mustRun(t, o)
 	require.Equal(t, int64(5), report.Processed)
 
@@ -159,7 +159,7 @@ func TestStopEndsEveryWait(t *testing.T) {
 		"for the api": func(t *testing.T, b *books, o *replayer.Options) {
 			b.capture(t, request{})
 			up := upstreamTo(t, "http://"+newPort(t).addr)
-			o.Upstreams, o.Probe = up, up.Probe
+			o.Upstreams = up
 		},
 		"for a turn": func(t *testing.T, b *books, o *replayer.Options) {
 			b.capture(t, many(5)...)
@@ -169,7 +169,7 @@ func TestStopEndsEveryWait(t *testing.T) {
 			b.capture(t, request{})
 			a := newAPI(t, func(w http.ResponseWriter, _ *http.Request, _ int) { w.WriteHeader(500) })
 			up := upstreamTo(t, a.URL)
-			o.Upstreams, o.Probe = up, up.Probe
+			o.Upstreams = up
 		},
 		"for a grace": func(t *testing.T, b *books, o *replayer.Options) {
 			b.capture(t, request{policy: graceful, status: -1})

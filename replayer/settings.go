@@ -13,8 +13,8 @@ type Settings struct {
 	service.NATS
 	service.Ledger
 	service.Upstream
-	UpstreamURL service.URL `split_words:"true" secret:"true" shown:"required by run without --upstream" desc:"the API: http or https, and a host"`
-	RoutesFile  string      `split_words:"true" desc:"not used by the replayer yet: requests of all routes are sent to HOLDFAST_UPSTREAM_URL"`
+	UpstreamURL service.URL `split_words:"true" secret:"true" shown:"required by run without HOLDFAST_ROUTES_FILE or --upstream" desc:"the API of the default route: http or https, and a host"`
+	RoutesFile  string      `split_words:"true" desc:"the file of routes: each request is sent to the API of its route; it replaces HOLDFAST_UPSTREAM_URL"`
 }
 
 // problemsOf gives a line for each thing that is wrong with the settings.
