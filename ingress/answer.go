@@ -3,243 +3,233 @@ package ingress
 import (
 	"errors"
 	"io"
-	"net/http"
-	"net/http/httputil"
-	"strconv"
 	"time"
 
+	"github.com/holdfast-io/holdfast/ingress/internal/edge"
 	"github.com/holdfast-io/holdfast/pkg/capture"
 	"github.com/holdfast-io/holdfast/pkg/upstream"
+	"github.com/holdfast-io/holdfast/pkg/wire"
 )
+
+// passInterim passes an interim answer of the API on. "100 Continue" is between
+// the gateway and the API: the client has had its own.
+func (t *transaction) passInterim(resp *wire.Response) {
+	if resp.Status == 100 || t.x.Headed() {
+		return
+	}
+	_ = t.x.Interim(resp.Status, resp.Reason, t.endToEnd(resp)) // a client that has gone is found later
+}
 
 // passAnswer takes the API's answer to the client, and decides the outcome at
 // its end, before the last byte goes out.
-func (t *transaction) passAnswer(x *upstream.Exchange, resp *http.Response) {
-	verdict := t.rt.policy.Verdict(resp.StatusCode, true, false)
+func (t *transaction) passAnswer(api *upstream.Exchange, resp *wire.Response) {
+	verdict := t.rt.Policy.Verdict(resp.Status, true, false)
 	if t.mustReset(verdict, nil) {
-		t.outcome(resp.StatusCode, verdict, "")
+		t.outcome(resp.Status, verdict, "")
 		t.reset()
+		return
 	}
-	first, err := t.readFirst(x, resp)
+	first, err := t.readFirst(api, resp)
 	switch {
 	case err == io.EOF:
 		// The whole answer is here, and nothing has gone out yet.
-		t.outcome(resp.StatusCode, verdict, "")
-		if t.rt.accept && verdict == capture.Failed && t.state == storedSynced {
+		t.outcome(resp.Status, verdict, "")
+		if t.rt.Accept && verdict == capture.Failed && t.state == storedSynced {
 			t.accepted()
 			return
 		}
-		t.writeTrailer(resp) // first: an answer with trailers must not get a length
-		t.writeHead(resp)
-		_, _ = t.w.Write(first) // a client that has gone changes nothing
+		trailer := trailerFields(api.Trailer())
+		length := t.announced(resp)
+		if length == wire.Chunked && len(trailer) == 0 {
+			length = int64(len(first))
+		}
+		t.writeHead(resp, length)
+		_ = t.x.Write(first) // a client that has gone changes nothing
+		_ = t.x.End(trailer)
 	case err != nil:
 		t.noAnswer(err)
-	case t.rt.accept && verdict == capture.Failed && t.state == storedSynced:
-		t.outcome(resp.StatusCode, verdict, "")
+	case t.rt.Accept && verdict == capture.Failed && t.state == storedSynced:
+		t.outcome(resp.Status, verdict, "")
 		t.accepted()
 	default:
-		t.stream(x, resp, first, verdict)
+		t.stream(api, resp, first, verdict)
 	}
+}
+
+// announced is the length of the answer's body as the client is told it.
+func (t *transaction) announced(resp *wire.Response) int64 {
+	switch {
+	case resp.Status == 204:
+		return edge.NoBody
+	case resp.Status == 304 || t.x.Request.Method == "HEAD":
+		// It tells the length that the answer to a GET would have, if any.
+		if resp.Announced < 0 {
+			return edge.NoBody
+		}
+		return resp.Announced
+	case resp.Length < 0:
+		return wire.Chunked
+	}
+	return resp.Length
 }
 
 // readFirst reads the first part of the answer's body. The error is io.EOF
 // when that was all.
-func (t *transaction) readFirst(x *upstream.Exchange, resp *http.Response) ([]byte, error) {
+func (t *transaction) readFirst(api *upstream.Exchange, resp *wire.Response) ([]byte, error) {
 	buf := t.b.answer
 	n, err := 0, error(nil)
 	for err == nil && n < len(buf) {
 		var m int
-		m, err = x.Read(buf[n:])
+		m, err = api.Read(buf[n:])
 		n += m
-		// An answer of unknown length may be a stream of events: what has come
-		// goes out at once. So does what cannot be here whole.
-		if resp.ContentLength < 0 && m > 0 || resp.ContentLength > int64(len(buf)) {
+		// What cannot be here whole, or may be a stream, goes out as it comes.
+		if m > 0 && (resp.Length < 0 || resp.Length > int64(len(buf)) || !t.captured) {
 			break
 		}
 	}
 	return buf[:n], err
 }
 
-// stream passes a long answer as it comes. The last byte is held back until
-// the outcome is written: with a known length by count, else the end of the
-// chunked coding, which net/http writes when the handler returns.
-func (t *transaction) stream(x *upstream.Exchange, resp *http.Response, first []byte, verdict capture.Verdict) {
-	t.writeHead(resp)
-	control := http.NewResponseController(t.w)
-	defer func() { _ = control.SetWriteDeadline(time.Time{}) }()
-	deadline := t.begun.Add(t.rt.policy.Timeout)
+// stream passes a long answer on as it comes. Its end is held back until the
+// outcome is written: the last byte of a known length, else the end of the coding.
+func (t *transaction) stream(api *upstream.Exchange, resp *wire.Response, part []byte, verdict capture.Verdict) {
+	t.writeHead(resp, t.announced(resp))
+	now := time.Now()
+	deadline := t.begun.Add(t.rt.Policy.Timeout)
 	// A client may take its time, but the outcome must be known before the grace
 	// is over: a request without one would be sent again while this one is answered.
-	patience := deadline.Add(t.rt.policy.Grace / 2)
-	latest := patience.Add(t.rt.policy.Grace / 4)
-	decided, gone := false, false
-	write := func(b []byte) {
-		if gone || len(b) == 0 {
-			return
-		}
-		begun := time.Now()
-		limit := begun.Add(t.h.times.stalled)
-		if t.captured && !decided && patience.Before(limit) {
-			limit = patience
-		}
-		_ = control.SetWriteDeadline(limit)
-		_, err := t.w.Write(b)
-		if err == nil && resp.ContentLength < 0 {
-			err = control.Flush()
-		}
-		if err != nil {
-			gone = true // the API's answer is still read, to know how it ended
-		}
-		// The time limit is for the API: one whose client reads slowly has not
-		// failed.
-		if took := time.Since(begun); took > time.Millisecond {
-			deadline = deadline.Add(took)
-			if t.captured && latest.Before(deadline) {
-				deadline = latest
-			}
-			_ = x.Extend(deadline) // a failure shows in the next read
-		}
+	patience := deadline.Add(t.rt.Policy.Grace / 2)
+	latest := patience.Add(t.rt.Policy.Grace / 4)
+	if t.captured {
+		t.x.WriteLimit(patience)
 	}
-	pending := first
-	next := make([]byte, 32<<10)
-	spare := t.b.answer
+	gone := false
 	for {
-		n, err := x.Read(next)
-		if n == 0 && err == nil {
-			continue
+		if !gone {
+			begun := now
+			if t.x.Write(part) != nil || t.x.Flush() != nil {
+				gone = true // the API's answer is still read, to know how it ended
+			}
+			now = time.Now()
+			// The time limit is for the API: one whose client reads slowly has not
+			// failed.
+			deadline = deadline.Add(now.Sub(begun))
 		}
-		if err != nil && !errors.Is(err, io.EOF) {
-			t.errText = err.Error()
-			t.outcome(resp.StatusCode, capture.Failed, clip(err.Error()))
-			write(pending)
-			write(next[:n])
-			t.reset()
-		}
-		if errors.Is(err, io.EOF) {
-			t.outcome(resp.StatusCode, verdict, "")
-			decided = true
-			write(pending)
-			write(next[:n])
-			t.writeTrailer(resp)
+		if gone && !t.captured {
+			t.errText = "the client left"
+			t.x.Abort()
 			return
 		}
-		write(pending)
-		if resp.ContentLength < 0 {
-			// Nothing tells which byte is the last one: the end of the coding is.
-			write(next[:n])
-			pending = nil
-			continue
+		switch {
+		case !t.captured:
+			// Nobody waits for a verdict: a stream may go on for as long as it moves.
+			deadline = now.Add(t.rt.Policy.Timeout)
+		case latest.Before(deadline):
+			deadline = latest
 		}
-		pending = next[:n]
-		next, spare = spare[:cap(spare)], next
-	}
-}
-
-// writeHead writes the API's status and headers, without those that end here.
-func (t *transaction) writeHead(resp *http.Response) {
-	t.code = resp.StatusCode
-	h := t.w.Header()
-	tokens := connectionTokens(resp.Header)
-	for name, values := range resp.Header {
-		if _, ok := hopByHop[name]; ok {
-			continue
-		}
-		if _, ok := tokens[name]; ok {
-			continue
-		}
-		if name[0] == 'X' && capture.IsOwnHTTPHeader(name) {
-			continue
-		}
-		h[name] = values
-	}
-	if _, ok := h["Content-Type"]; !ok {
-		h["Content-Type"] = nil // the server must not guess one
-	}
-	switch {
-	case resp.StatusCode == http.StatusNoContent:
-	case resp.StatusCode == http.StatusNotModified, t.r.Method == http.MethodHead:
-		// It tells the length that the answer to a GET would have.
-		if length, ok := resp.Header["Content-Length"]; ok {
-			h["Content-Length"] = length
-		}
-	case resp.ContentLength >= 0:
-		h["Content-Length"] = []string{strconv.FormatInt(resp.ContentLength, 10)}
-	}
-	h["Via"] = append(h["Via"], "1.1 holdfast")
-	t.setOwn(h)
-	t.w.WriteHeader(t.code)
-}
-
-func (t *transaction) writeTrailer(resp *http.Response) {
-	for name, values := range resp.Trailer {
-		if _, hop := hopByHop[name]; !hop && !capture.IsOwnHTTPHeader(name) {
-			t.w.Header()[http.TrailerPrefix+name] = values
+		_ = api.Extend(deadline) // a failure shows in the next read
+		n, err := api.Read(t.b.answer)
+		now = time.Now()
+		part = t.b.answer[:n]
+		switch {
+		case err == nil:
+		case errors.Is(err, io.EOF):
+			t.outcome(resp.Status, verdict, "")
+			t.x.WriteLimit(time.Time{})
+			_ = t.x.Write(part)
+			_ = t.x.End(trailerFields(api.Trailer()))
+			return
+		default:
+			t.errText = err.Error()
+			t.outcome(resp.Status, capture.Failed, clip(err.Error()))
+			_ = t.x.Write(part)
+			_ = t.x.Flush()
+			t.reset()
+			return
 		}
 	}
 }
 
-// proxyUncaptured passes a request that the route does not capture.
+// writeHead begins the answer with the API's status and fields.
+func (t *transaction) writeHead(resp *wire.Response, length int64) {
+	t.code = resp.Status
+	fields := t.endToEnd(resp)
+	fields = append(fields, wire.Field{Name: "Via", Value: "1.1 holdfast"})
+	t.x.Head(t.code, resp.Reason, appendOwn(fields, t.id.String(), t.state), length)
+}
+
+// endToEnd gives the fields of an answer of the API that are the client's.
+func (t *transaction) endToEnd(resp *wire.Response) wire.Fields {
+	fields := t.x.Answer[:0]
+	for i := range resp.Fields {
+		f := &resp.Fields[i]
+		if f.Kind.HopByHop() || f.Kind == wire.ContentLength || capture.IsOwnHTTPHeader(f.Name) || nominated(resp.Nominated, f.Name) {
+			continue
+		}
+		fields = append(fields, *f)
+	}
+	return fields
+}
+
+// proxyUncaptured passes a request on that the route does not capture. Its body
+// and its answer may go on for as long as they move.
 func (t *transaction) proxyUncaptured() {
-	if !t.hold(min(max(t.r.ContentLength, 0), chunkBytes)) {
+	req := &t.x.Request
+	size := req.Length
+	if !t.hold(min(max(size, 0), chunkBytes)) {
 		return
 	}
-	size := t.r.ContentLength
-	declared := size
-	if size == 0 && t.r.Header["Content-Length"] == nil {
-		declared = -1
-	}
-	t.b.head = t.h.head.append(t.b.head[:0], t.r, t.rt, declared)
-	head := t.headForAPI()
-	if size < 0 {
-		head[0] = append(head[0], "Transfer-Encoding: chunked\r\n"...)
-	}
+	t.b.head = t.h.head.append(t.b.head[:0], t.x, t.rt, t.framing(size))
 	t.begun = time.Now()
-	x, err := t.rt.pool.Begin(t.begun.Add(t.rt.policy.Timeout), t.r.Method, size, nil, head...)
+	api, err := t.rt.pool.Begin(t.begun.Add(t.rt.Policy.Timeout), req.Method, size, nil, t.headForAPI()...)
 	if err == nil && size != 0 {
-		if err = t.copyBody(x, size); err != nil {
+		if err = t.copyBody(api, size); err != nil {
 			var uerr *upstream.Error
 			if !errors.As(err, &uerr) {
-				x.Close()
+				api.Close()
 				t.clientBroke(err)
 				return
 			}
-			err = x.EarlyAnswer(err)
+			err = api.EarlyAnswer(err)
 		}
 	}
-	t.finish(x, err)
+	t.finish(api, err)
 }
 
-// copyBody sends the client's body on as it comes.
-func (t *transaction) copyBody(x *upstream.Exchange, size int64) error {
-	src := t.clientBody()
-	defer src.done()
-	var dst io.Writer = patient{x, t.rt.policy.Timeout}
-	var coding io.WriteCloser
-	if size < 0 {
-		coding = httputil.NewChunkedWriter(dst)
-		dst = coding
-		src.body = http.MaxBytesReader(t.w, t.r.Body, t.rt.maxBody)
-	}
-	_, err := io.Copy(dst, src)
-	if err == nil && coding != nil {
-		if err = coding.Close(); err == nil {
-			_, err = io.WriteString(x, "\r\n")
+// copyBody sends the client's body on as it comes. The API has its whole time
+// again with each part: the time limit is not for a client that uploads slowly.
+func (t *transaction) copyBody(api *upstream.Exchange, size int64) error {
+	buf := t.b.answer
+	var coded []byte
+	send := func(b []byte) error {
+		if err := api.Extend(time.Now().Add(t.rt.Policy.Timeout)); err != nil {
+			return err
 		}
-		x.Sent()
+		_, err := api.Write(b)
+		return err
 	}
-	return err
-}
-
-// patient gives the API its whole time again with each part of a body: the time
-// limit is not for a client that uploads slowly.
-type patient struct {
-	x       *upstream.Exchange
-	timeout time.Duration
-}
-
-func (p patient) Write(b []byte) (int, error) {
-	if err := p.x.Extend(time.Now().Add(p.timeout)); err != nil {
-		return 0, err
+	for {
+		n, rerr := t.x.Read(buf)
+		part := buf[:n]
+		if size < 0 && n > 0 {
+			coded = wire.AppendChunk(coded[:0], part)
+			part = coded
+		}
+		if len(part) > 0 {
+			if err := send(part); err != nil {
+				return err
+			}
+		}
+		switch {
+		case rerr == nil:
+		case !errors.Is(rerr, io.EOF):
+			return rerr
+		case size >= 0:
+			return nil
+		default:
+			err := send(wire.AppendLastChunk(coded[:0], trailerFields(t.x.Trailer())))
+			api.Sent()
+			return err
+		}
 	}
-	return p.x.Write(b)
 }

@@ -145,7 +145,7 @@ func TestBodyTooLarge(t *testing.T) {
 			require.Empty(t, g.spooled())
 			require.Equal(t, 200, g.must("POST", "/", unsized(pattern(limit))).StatusCode)
 			require.Equal(t, 200, g.must("POST", "/", bytes.NewReader(pattern(limit))).StatusCode)
-			require.Equal(t, 413, g.must("GET", "/", unsized(pattern(limit+1))).StatusCode, "uncaptured")
+			require.Equal(t, 200, g.must("GET", "/", unsized(pattern(limit+1))).StatusCode, "what is not captured may be endless")
 			g.stop()
 		}
 	}
@@ -184,8 +184,7 @@ func TestClientBreaksOffInTheBody(t *testing.T) {
 		}
 	}
 	require.Zero(t, whole.Load(), "nothing is forwarded as whole")
-	require.Zero(t, g.h.inflight.used.Load())
-	require.Zero(t, g.spool.Stats().ReservedBytes)
+	g.settled()
 	// Those of known length that sent a whole chunk: one, one, two, three, fifteen.
 	chunks, abandoned := map[string]bool{}, map[string]bool{}
 	for _, m := range b.eventually(capture.RequestsStream, 22+5) {
@@ -244,7 +243,7 @@ func TestAPIResetsOrCutsItsAnswer(t *testing.T) {
 		"in a short body":      {"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n12345", false},
 		"in a long body":       {"HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n" + string(big), true},
 		"in chunks":            {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n12345\r\n", true},
-		"before the last one":  {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n12345\r\n0\r\n", false},
+		"before the last one":  {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n12345\r\n0\r\n", true},
 		"switches protocols":   {"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n", false},
 		"no status":            {"HTTP/1.1 000 None\r\n\r\n", false},
 		"before the first one": {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", false},

@@ -1,6 +1,7 @@
 package ingress
 
 import (
+	"bytes"
 	"crypto/tls"
 	"errors"
 	"io"
@@ -14,9 +15,12 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/holdfast-io/holdfast/ingress/internal/edge"
 	"github.com/holdfast-io/holdfast/pkg/capture"
+	"github.com/holdfast-io/holdfast/pkg/route"
 	"github.com/holdfast-io/holdfast/pkg/spool"
 	"github.com/holdfast-io/holdfast/pkg/upstream"
+	"github.com/holdfast-io/holdfast/pkg/wire"
 )
 
 // stored is the value of X-Request-Stored; empty on requests that are not
@@ -30,11 +34,12 @@ const (
 
 // handler serves clients.
 type handler struct {
-	routes     *routes
+	routes     *destinations
 	head       headWriter
 	spool      *spool.Spool
 	ingress    string
 	inline     int64
+	maxHead    int64
 	bodyDir    string // for bodies of unknown length above the inline limit
 	inflight   *limiter
 	times      timings
@@ -58,9 +63,8 @@ type buffers struct {
 // transaction is one request on its way through the gateway.
 type transaction struct {
 	h   *handler
-	w   http.ResponseWriter
-	r   *http.Request
-	rt  *route
+	x   *edge.Exchange
+	rt  *destination
 	b   *buffers
 	id  uuid.UUID
 	now time.Time // of receipt
@@ -81,36 +85,50 @@ type transaction struct {
 // an answer that ends within it is known to be whole, and costs one write.
 const answerBuffer = 16 << 10
 
-// ServeHTTP takes one request through the steps of the package's contract.
-func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+// Serve takes one request through the steps of the package's contract.
+func (h *handler) Serve(x *edge.Exchange) {
 	now := time.Now()
-	rt := h.routes.match(r)
+	rt := h.routes.match(&x.Request)
 	if rt == nil {
-		refusal{status: http.StatusNotFound, err: errDestinationNotFound, detail: "no route matches this request"}.write(w, uuid.Nil)
+		h.refuse(x, refusal{status: http.StatusNotFound, err: errDestinationNotFound, detail: "no route matches this request"})
 		return
 	}
 	id, err := uuid.NewV7()
 	if err != nil {
-		refusal{status: http.StatusInternalServerError, err: errProxyInternal, detail: "no UUID could be made"}.write(w, uuid.Nil)
+		h.refuse(x, refusal{status: http.StatusInternalServerError, err: errProxyInternal, detail: "no UUID could be made"})
 		return
 	}
 	b, _ := h.buffers.Get().(*buffers)
 	if b == nil {
 		b = &buffers{answer: make([]byte, answerBuffer)}
 	}
-	t := &transaction{h: h, w: w, r: r, rt: rt, b: b, id: id, now: now}
+	t := &transaction{h: h, x: x, rt: rt, b: b, id: id, now: now}
 	defer t.end()
 	t.serve()
+}
+
+// Refuse answers what is not valid HTTP, or comes too slowly.
+func (h *handler) Refuse(x *edge.Exchange, err *wire.SyntaxError) {
+	h.refuse(x, refusal{status: err.Status, err: errRequestError, detail: err.Reason})
+}
+
+// refuse answers a request that belongs to no route.
+func (h *handler) refuse(x *edge.Exchange, rf refusal) {
+	h.m.count(capture.UnknownRoute, x.Request.Method, rf.status, "")
+	if h.accessLog == "all" {
+		h.log.Info("request refused", "remote", x.Remote.String(), "code", rf.status, "err", rf.detail)
+	}
+	rf.write(x, uuid.Nil, "")
 }
 
 // end gives back what the transaction holds, whatever became of it.
 func (t *transaction) end() {
 	t.res.Release()
 	t.h.inflight.release(t.held)
-	t.h.m.count(t.rt.name, t.r.Method, t.code, t.state)
+	t.h.m.count(t.rt.Name, t.x.Request.Method, t.code, t.state)
 	t.log()
 	// Over HTTP/2 a write that a reset stream ended may still be reading its buffer.
-	if t.r.ProtoMajor == 1 && cap(t.b.body) <= int(t.h.inline)+chunkBytes && cap(t.b.head) <= 64<<10 {
+	if t.x.Request.Major == 1 && cap(t.b.body) <= int(t.h.inline)+chunkBytes && cap(t.b.head) <= 64<<10 {
 		t.h.buffers.Put(t.b)
 	}
 }
@@ -119,89 +137,101 @@ func (t *transaction) log() {
 	if t.h.accessLog == "off" || t.h.accessLog == "errors" && t.code != 0 && t.code < 500 && t.state != storedNo {
 		return
 	}
-	t.h.log.Info("request", "request_id", t.id.String(), "route", t.rt.name, "method", t.r.Method, "code", t.code,
+	t.h.log.Info("request", "request_id", t.id.String(), "route", t.rt.Name, "method", t.x.Request.Method, "code", t.code,
 		"stored", string(t.state), "duration_ms", time.Since(t.now).Milliseconds(), "err", t.errText)
 }
 
 func (t *transaction) refuse(rf refusal) {
-	t.readRest()
 	t.code, t.errText = rf.status, rf.detail
-	if t.state != "" {
-		t.w.Header()[capture.HTTPHeaderStored] = []string{string(t.state)}
-	}
-	rf.write(t.w, t.id)
+	rf.write(t.x, t.id, t.state)
 }
 
-// restBytes and restTime bound what is read of a body that nobody wants: as much
-// as clients commonly send, in the time in which they send it.
-const (
-	restBytes = 8 << 20
-	restTime  = time.Second
-)
-
-// readRest reads what is left of a body before an answer that is given without
-// it: the server closes the connection otherwise, and a client that is still
-// sending may see it broken and miss the answer. Who waits for "100 Continue"
-// sends nothing yet.
-func (t *transaction) readRest() {
-	if n := t.r.ContentLength; n <= 0 || n > restBytes || t.r.Header["Expect"] != nil {
-		return
-	}
-	control := http.NewResponseController(t.w)
-	if control.SetReadDeadline(time.Now().Add(restTime)) != nil {
-		return
-	}
-	_, _ = io.Copy(io.Discard, t.r.Body) // it is refused all the same
-	_ = control.SetReadDeadline(time.Time{})
-}
-
-// serve admits the request and chooses how its body travels.
+// serve chooses how the request travels.
 func (t *transaction) serve() {
-	size := t.r.ContentLength
-	if t.r.Method == http.MethodConnect || t.r.URL.Opaque != "" {
-		t.refuse(refusal{status: http.StatusBadRequest, err: errRequestError, detail: "the request's target is neither a path nor a URL"})
-		return
-	}
-	if size > t.rt.maxBody {
-		t.refuse(t.tooLarge())
-		return
-	}
-	if !t.rt.captures(t.r.Method) {
+	req := &t.x.Request
+	upgrade := t.upgrade()
+	switch {
+	case upgrade != "":
+		t.tunnel(upgrade)
+	case !t.rt.Captures(req.Method) && t.isGRPC():
+		t.proxyGRPC()
+	case !t.rt.Captures(req.Method):
 		t.proxyUncaptured()
+	case t.isGRPC():
+		t.refuse(refusal{status: http.StatusUnsupportedMediaType, err: errRequestError,
+			detail: "gRPC cannot be captured: its calls need a route that captures none"})
+	case req.Length > t.rt.MaxBody:
+		t.refuse(t.tooLarge())
+	default:
+		t.serveCaptured()
+	}
+}
+
+// serveCaptured takes the body of a request that is captured. One of unknown
+// length is read in full before anything is decided about it; a known one above
+// the inline limit is captured while it passes.
+func (t *transaction) serveCaptured() {
+	size := t.x.Request.Length
+	if size > t.h.inline {
+		t.serveChunked(t.x, size, size)
 		return
 	}
-	var body io.Reader = t.r.Body
-	// A body of unknown length is read in full before anything is decided about
-	// it; a known one above the inline limit is captured while it passes.
-	if size >= 0 && size <= t.h.inline || size < 0 {
-		if !t.hold(max(size, 0)) {
-			return
-		}
-		n, whole, ok := t.readInline(size)
-		if !ok {
-			return
-		}
-		if !whole {
-			file, total, ok := t.readToFile(n)
-			if !ok {
-				return
-			}
-			defer file.Close()
-			body, size = file, total
-		} else {
-			size = int64(n)
-		}
-	}
-	if size <= t.h.inline {
-		t.serveInline()
+	whole, ok := t.readInline(size)
+	if !ok {
 		return
 	}
-	t.serveChunked(body, size)
+	if whole {
+		if trailer := t.trailer(); len(trailer) > 0 {
+			coded := wire.AppendChunkSize(nil, int64(len(t.b.body)))
+			coded = append(append(coded, t.b.body...), "\r\n"...)
+			t.b.body = wire.AppendLastChunk(coded, trailer)
+			t.serveInline(wire.Chunked)
+			return
+		}
+		if size < 0 {
+			size = int64(len(t.b.body))
+		}
+		t.serveInline(t.framing(size))
+		return
+	}
+	file, size, ok := t.readToFile()
+	if !ok {
+		return
+	}
+	defer file.Close()
+	if trailer := t.trailer(); len(trailer) > 0 {
+		// One chunk holds it all: its size is known by now.
+		before := wire.AppendChunkSize(nil, size)
+		after := wire.AppendLastChunk([]byte("\r\n"), trailer)
+		body := io.MultiReader(bytes.NewReader(before), file, bytes.NewReader(after))
+		t.serveChunked(body, int64(len(before)+len(after))+size, wire.Chunked)
+		return
+	}
+	t.serveChunked(file, size, size)
+}
+
+// trailer gives what is passed on of the trailer section of a body that was read.
+// A request that has one is captured in the chunked coding, which alone has a
+// place for it: what is stored is what is sent.
+func (t *transaction) trailer() wire.Fields {
+	if fields := t.x.Trailer(); len(fields) > 0 {
+		return trailerFields(fields)
+	}
+	return nil
+}
+
+// framing is how a body of this length is announced: as the client did, where it
+// sent none.
+func (t *transaction) framing(length int64) int64 {
+	if length == 0 && !t.x.Request.Fields.Has("Content-Length") && t.x.Request.Length == 0 {
+		return noFraming
+	}
+	return length
 }
 
 func (t *transaction) tooLarge() refusal {
 	return refusal{status: http.StatusRequestEntityTooLarge, err: errRequestError,
-		detail: "the body has more than the " + strconv.FormatInt(t.rt.maxBody, 10) + " bytes that are allowed"}
+		detail: "the body has more than the " + strconv.FormatInt(t.rt.MaxBody, 10) + " bytes that are allowed"}
 }
 
 // hold takes n more bytes of the in-flight limit, or answers 503.
@@ -216,10 +246,10 @@ func (t *transaction) hold(n int64) bool {
 }
 
 // reserve sets room aside in the spool for a body of size bytes in so many
-// records, its head and the outcome. Without room a required capture is refused;
+// records, its head, which announces framing, and the outcome. Without room a required capture is refused;
 // proceed is then false. With best_effort the request goes on uncaptured.
-func (t *transaction) reserve(size int64, chunks int) (proceed bool) {
-	head := t.h.head.append(t.b.head[:0], t.r, t.rt, size)
+func (t *transaction) reserve(size int64, chunks int, framing int64) (proceed bool) {
+	head := t.h.head.append(t.b.head[:0], t.x, t.rt, framing)
 	t.b.head = head
 	// An abandon record may take the outcome's place.
 	res, err := t.h.spool.Reserve(chunks+2, int64(len(head))+size+maxOutcome+maxEnvelope*int64(chunks+2))
@@ -229,7 +259,7 @@ func (t *transaction) reserve(size int64, chunks int) (proceed bool) {
 		return true
 	}
 	t.state = storedNo
-	if t.rt.mode == captureBestEffort {
+	if t.rt.Mode == route.BestEffort {
 		return true
 	}
 	t.h.log.Debug("no room in the spool", "request_id", t.id.String(), "err", err)
@@ -286,43 +316,43 @@ func (t *transaction) logStore(err error) {
 
 func (t *transaction) describe(size int64) {
 	t.request = capture.Request{
-		ID: t.id, Route: t.rt.name, Ingress: t.h.ingress, Policy: t.rt.policy,
-		OrderKey: t.rt.orderKey(t.r.Header), Head: t.b.head, Size: size,
+		ID: t.id, Route: t.rt.Name, Ingress: t.h.ingress, Policy: t.rt.Policy,
+		OrderKey: t.rt.orderKey(t.x.Request.Fields), Head: t.b.head, Size: size,
 	}
 	t.b.places = t.b.places[:0]
 }
 
 // serveInline is the hot path: the body is in memory, and travels in one
 // message.
-func (t *transaction) serveInline() {
+func (t *transaction) serveInline(framing int64) {
 	body := t.b.body
-	if !t.reserve(int64(len(body)), 0) {
+	if !t.reserve(int64(len(body)), 0, framing) {
 		return
 	}
 	t.describe(int64(len(body)))
 	t.capture(body)
-	if t.state == storedNo && t.rt.mode == captureRequired {
+	if t.state == storedNo && t.rt.Mode == route.Required {
 		t.refuse(t.notStored())
 		return
 	}
 	t.begun = time.Now()
-	x, err := t.rt.pool.Begin(t.begun.Add(t.rt.policy.Timeout), t.r.Method, 0, body, t.headForAPI()...)
-	t.finish(x, err)
+	api, err := t.rt.pool.Begin(t.begun.Add(t.rt.Policy.Timeout), t.x.Request.Method, 0, body, t.headForAPI()...)
+	t.finish(api, err)
 }
 
 // headForAPI is the captured head, with what only the API is told before its
 // empty line.
 func (t *transaction) headForAPI() [][]byte {
-	t.b.tail = forwardTail(t.b.tail[:0], t.id)
+	t.b.tail = appendEnd(t.b.tail[:0], t.id, t.x, "")
 	return [][]byte{t.b.head[:len(t.b.head)-2], t.b.tail}
 }
 
 // finish takes the API's answer, or its absence, to the client.
-func (t *transaction) finish(x *upstream.Exchange, err error) {
-	var resp *http.Response
+func (t *transaction) finish(api *upstream.Exchange, err error) {
+	var resp *wire.Response
 	if err == nil {
-		defer x.Close()
-		resp, err = x.Answer(nil)
+		defer api.Close()
+		resp, err = api.Answer(t.passInterim)
 		t.answered = err == nil
 	}
 	t.h.m.upstreamDuration.Observe(since(t.begun))
@@ -331,7 +361,7 @@ func (t *transaction) finish(x *upstream.Exchange, err error) {
 		t.noAnswer(err)
 		return
 	}
-	t.passAnswer(x, resp)
+	t.passAnswer(api, resp)
 }
 
 // awaitStored holds the answer until the capture is durable.
@@ -360,7 +390,7 @@ func (t *transaction) outcome(status int, verdict capture.Verdict, failure strin
 	o := capture.Outcome{ID: t.id, Ingress: t.h.ingress, Attempt: capture.Attempt{
 		Number: capture.FirstAttempt, StartedAt: t.begun, EndedAt: time.Now(), Status: status, Error: failure, Verdict: verdict,
 	}}
-	msg := capture.Message{Subject: capture.OutcomeSubject(t.rt.name)}
+	msg := capture.Message{Subject: capture.OutcomeSubject(t.rt.Name)}
 	t.b.record = o.AppendJSON(msg.AppendEnvelope(t.b.record[:0]))
 	if _, err := t.res.AppendWritten(t.b.record); err != nil {
 		t.h.m.lostOutcomes.Inc()
@@ -376,12 +406,13 @@ func (t *transaction) noAnswer(err error) {
 	}
 	t.errText = err.Error()
 	t.outcome(0, capture.Failed, clip(err.Error()))
-	if t.rt.accept && t.state == storedSynced {
+	if t.rt.Accept && t.state == storedSynced {
 		t.accepted()
 		return
 	}
 	if t.mustReset(capture.Failed, err) {
 		t.reset()
+		return
 	}
 	t.refuse(rf)
 	t.errText = err.Error()
@@ -391,41 +422,31 @@ func (t *transaction) noAnswer(err error) {
 // invites a retry may go out when the API may have worked on a request that
 // nobody has stored, unless the API's own status settles the matter.
 func (t *transaction) mustReset(v capture.Verdict, err error) bool {
-	if t.state != storedNo || t.rt.mode == captureBestEffort {
+	if t.state != storedNo || t.rt.Mode == route.BestEffort {
 		return false
 	}
 	var uerr *upstream.Error
 	if errors.As(err, &uerr) && !uerr.Sent {
 		return false // the API has not seen a byte: an honest error does no harm
 	}
-	return t.rt.policy.By == capture.ByEvent || v != capture.Processed && v != capture.Rejected
+	return t.rt.Policy.By == capture.ByEvent || v != capture.Processed && v != capture.Rejected
 }
 
-// reset breaks the client's connection. The server recovers from this panic
-// and logs nothing.
+// reset breaks the client's connection, or stream, when the caller has returned.
 func (t *transaction) reset() {
 	t.code = 0
-	panic(http.ErrAbortHandler)
+	t.x.Abort()
 }
 
 // accepted tells the client that its request is stored and will be processed.
 func (t *transaction) accepted() {
 	t.code = http.StatusAccepted
-	h := t.w.Header()
-	t.setOwn(h)
-	body := []byte(`{"id":"` + t.id.String() + `","status":"accepted"}` + "\n")
-	h["Content-Type"] = []string{"application/json"}
-	h["Content-Length"] = []string{strconv.Itoa(len(body))}
-	t.w.WriteHeader(t.code)
-	_, _ = t.w.Write(body) // a client that has gone needs no answer
-}
-
-// setOwn sets the gateway's own headers on an answer.
-func (t *transaction) setOwn(h http.Header) {
-	h[capture.HTTPHeaderID] = []string{t.id.String()}
-	if t.state != "" {
-		h[capture.HTTPHeaderStored] = []string{string(t.state)}
-	}
+	id := t.id.String()
+	body := []byte(`{"id":"` + id + `","status":"accepted"}` + "\n")
+	fields := appendOwn(t.x.Answer[:0], id, t.state).Add("Content-Type", "application/json")
+	t.x.Head(t.code, "Accepted", fields, int64(len(body)))
+	_ = t.x.Write(body) // a client that has gone needs no answer
+	_ = t.x.End(nil)
 }
 
 // describeFailure is the answer for an exchange that failed.

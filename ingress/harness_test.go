@@ -204,6 +204,8 @@ func newOptions(t *testing.T, api string, nc *nats.Conn, changes ...change) Opti
 	s.IngressAddr, s.MaxBodyBytes, s.MaxInflightBytes, s.InlineBytes = "127.0.0.1:0", 4<<20, 64<<20, 256<<10
 	s.RetryAfter, s.IngressID, s.Store = 5*time.Second, "test", "synced"
 	s.SpoolDir, s.SpoolMaxBytes, s.AccessLog = t.TempDir(), 64<<20, "off"
+	s.MaxHeaderBytes, s.MaxHeaderFields, s.MaxConnections = 64<<10, 128, 1000
+	s.ReadHeaderTimeout, s.ReadBodyTimeout, s.WriteTimeout, s.IdleTimeout = patience, patience, patience, patience
 	o := Options{
 		Settings: s, DataDir: t.TempDir(), Conn: nc, Logger: slog.New(slog.DiscardHandler),
 		Registry: prometheus.NewRegistry(), Ready: service.NewReadiness(), times: quick(),
@@ -218,7 +220,7 @@ func startGateway(t *testing.T, o Options) *gateway {
 	t.Helper()
 	svc, err := New(o)
 	require.NoError(t, err)
-	g := &gateway{Service: svc, t: t, o: o, ready: o.Ready, url: svc.server.URL(), spool: svc.handler.spool, h: svc.handler}
+	g := &gateway{Service: svc, t: t, o: o, ready: o.Ready, url: "http://" + svc.Addr().String(), spool: svc.handler.spool, h: svc.handler}
 	ended := make(chan error, 1)
 	go func() { ended <- svc.Run(context.Background()) }()
 	g.stop = sync.OnceFunc(func() {
@@ -297,6 +299,15 @@ func client(t *testing.T) *http.Client {
 	tr := &http.Transport{DisableKeepAlives: true, DisableCompression: true, ExpectContinueTimeout: patience}
 	t.Cleanup(tr.CloseIdleConnections)
 	return &http.Client{Transport: tr, Timeout: patience, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+}
+
+// settled waits until the requests under way have given back what they held.
+// Their clients may have their answers a moment before.
+func (g *gateway) settled() {
+	g.t.Helper()
+	require.Eventually(g.t, func() bool {
+		return g.h.inflight.used.Load() == 0 && g.spool.Stats().ReservedBytes == 0
+	}, patience, time.Millisecond)
 }
 
 type answer struct {

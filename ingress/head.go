@@ -1,201 +1,162 @@
 package ingress
 
 import (
-	"net"
-	"net/http"
 	"net/netip"
 	"strconv"
 	"strings"
 
 	"github.com/google/uuid"
 
+	"github.com/holdfast-io/holdfast/ingress/internal/edge"
 	"github.com/holdfast-io/holdfast/pkg/capture"
 	"github.com/holdfast-io/holdfast/pkg/service"
+	"github.com/holdfast-io/holdfast/pkg/wire"
 )
-
-// hopByHop are the header names that end at this hop (RFC 9110 section 7.6.1),
-// and those whose meaning the gateway itself fulfils (framing, expectations).
-// Names are in net/http's canonical form.
-var hopByHop = map[string]struct{}{
-	"Connection":          {},
-	"Proxy-Connection":    {},
-	"Keep-Alive":          {},
-	"Te":                  {},
-	"Trailer":             {},
-	"Transfer-Encoding":   {},
-	"Upgrade":             {},
-	"Proxy-Authenticate":  {},
-	"Proxy-Authorization": {},
-	"Content-Length":      {},
-	"Expect":              {},
-}
-
-// forwarding are the headers by which proxies tell of the client. They are
-// believed from trusted proxies only.
-var forwarding = map[string]struct{}{
-	"Forwarded":         {},
-	"X-Forwarded-For":   {},
-	"X-Forwarded-Host":  {},
-	"X-Forwarded-Proto": {},
-	"X-Forwarded-Port":  {},
-	"X-Real-Ip":         {},
-}
-
-// connectionTokens are the header names that a Connection header adds to the
-// hop-by-hop ones; nil in the common case.
-func connectionTokens(h http.Header) map[string]struct{} {
-	var tokens map[string]struct{}
-	for _, line := range h["Connection"] {
-		for token := range strings.SplitSeq(line, ",") {
-			switch token = strings.TrimSpace(token); token {
-			case "", "close", "keep-alive", "Keep-Alive", "Close":
-			default:
-				if tokens == nil {
-					tokens = make(map[string]struct{})
-				}
-				tokens[http.CanonicalHeaderKey(token)] = struct{}{}
-			}
-		}
-	}
-	return tokens
-}
-
-// meaning is the name that a CGI-like API takes a name for: to it "_" is "-"
-// (RFC 3875 section 4.1.18).
-func meaning(name string) string {
-	if strings.IndexByte(name, '_') < 0 {
-		return name
-	}
-	return http.CanonicalHeaderKey(strings.ReplaceAll(name, "_", "-"))
-}
 
 // headWriter writes the head of a request as it is captured and forwarded.
 type headWriter struct {
 	trusted service.Prefixes
 }
 
-// append appends the head as HTTP/1.1, with the target in origin form and, for
-// size ≥ 0, an explicit Content-Length.
-func (hw headWriter) append(dst []byte, r *http.Request, rt *route, size int64) []byte {
-	dst = append(dst, r.Method...)
-	dst = append(dst, ' ')
-	dst = append(dst, originForm(r)...)
-	dst = append(dst, " HTTP/1.1\r\nHost: "...)
-	host := r.Host
-	if rt.host || host == "" { // HTTP/1.0 knows requests without one
-		host = rt.ownHost
-	}
-	dst = append(dst, host...)
-	dst = append(dst, "\r\n"...)
+// noFraming is the length of a request that neither has a body nor tells of one.
+const noFraming int64 = -3
 
-	trusted := hw.trusted.Contains(remoteAddr(r))
-	tokens := connectionTokens(r.Header)
-	for name, values := range r.Header {
-		meant := meaning(name)
-		if _, ok := hopByHop[meant]; ok {
+// append appends the head as HTTP/1.1: request line and fields as they came,
+// without those that end at this hop (RFC 9110 section 7.6.1), those that only
+// the gateway may set, and those by which proxies tell of the client, which are
+// believed from trusted ones alone. length is that of the body, wire.Chunked, or
+// noFraming.
+func (hw headWriter) append(dst []byte, x *edge.Exchange, rt *destination, length int64) []byte {
+	req := &x.Request
+	dst = append(dst, req.Method...)
+	dst = append(dst, ' ')
+	dst = append(dst, req.Target...)
+	dst = append(dst, " HTTP/1.1\r\n"...)
+	host := req.Host
+	if rt.ownHost || host == "" { // HTTP/1.0 knows requests without one
+		host = rt.Upstream.Host
+	}
+	dst = wire.AppendField(dst, "Host", host)
+
+	trusted := hw.trusted.Contains(x.Remote.Addr())
+	hostTold, protoTold := false, false
+	for i := range req.Fields {
+		f := &req.Fields[i]
+		kind := f.Kind
+		if kind == wire.Other {
+			if kind = f.Meaning(); capture.IsOwnHTTPHeader(f.Name) {
+				continue
+			}
+		}
+		switch kind {
+		case wire.Other, wire.Via, wire.Date, wire.ContentType:
+		case wire.ForwardedHost, wire.ForwardedProto, wire.Forwarded:
+			// In another spelling only who does not mean it writes them.
+			if !trusted || f.Kind != kind {
+				continue
+			}
+			hostTold = hostTold || kind == wire.ForwardedHost
+			protoTold = protoTold || kind == wire.ForwardedProto
+		default: // framing, hop-by-hop, and what is written anew
 			continue
 		}
-		if _, ok := tokens[name]; ok {
+		if nominated(req.Nominated, f.Name) {
 			continue
 		}
-		if _, ok := forwarding[meant]; ok && (!trusted || meant != name || name == "X-Forwarded-For") {
-			continue
-		}
-		if name == "Via" || capture.IsOwnHTTPHeader(name) {
-			continue
-		}
-		for _, v := range values {
-			dst = appendField(dst, name, v)
+		dst = wire.AppendField(dst, f.Name, f.Value)
+	}
+	return hw.appendForwarding(dst, x, trusted, hostTold, protoTold, length)
+}
+
+// nominated reports whether a Connection field has made the name hop-by-hop.
+func nominated(names []string, name string) bool {
+	for _, n := range names {
+		if strings.EqualFold(n, name) {
+			return true
 		}
 	}
-	return hw.appendForwarding(dst, r, trusted, size)
+	return false
 }
 
 // appendForwarding appends what the gateway says of the client and of itself,
-// and ends the head.
-func (hw headWriter) appendForwarding(dst []byte, r *http.Request, trusted bool, size int64) []byte {
+// the framing, and the end of the head.
+func (hw headWriter) appendForwarding(dst []byte, x *edge.Exchange, trusted, hostTold, protoTold bool, length int64) []byte {
+	req := &x.Request
 	dst = append(dst, "X-Forwarded-For: "...)
 	if trusted {
-		for _, v := range r.Header["X-Forwarded-For"] {
-			dst = append(dst, v...)
-			dst = append(dst, ", "...)
+		for i := range req.Fields {
+			if req.Fields[i].Kind == wire.ForwardedFor {
+				dst = append(dst, req.Fields[i].Value...)
+				dst = append(dst, ", "...)
+			}
 		}
 	}
-	addr, _, err := net.SplitHostPort(r.RemoteAddr)
-	if err != nil {
-		addr = r.RemoteAddr
-	}
-	dst = append(dst, addr...)
+	dst = appendAddr(dst, x.Remote)
 	dst = append(dst, "\r\n"...)
-	if r.Host != "" && (!trusted || len(r.Header["X-Forwarded-Host"]) == 0) {
-		dst = appendField(dst, "X-Forwarded-Host", r.Host)
+	if req.Host != "" && !hostTold {
+		dst = wire.AppendField(dst, "X-Forwarded-Host", req.Host)
 	}
-	if !trusted || len(r.Header["X-Forwarded-Proto"]) == 0 {
+	if !protoTold {
 		proto := "http"
-		if r.TLS != nil {
+		if x.TLS {
 			proto = "https"
 		}
-		dst = appendField(dst, "X-Forwarded-Proto", proto)
+		dst = wire.AppendField(dst, "X-Forwarded-Proto", proto)
 	}
 	dst = append(dst, "Via: "...)
-	for _, v := range r.Header["Via"] {
-		dst = append(dst, v...)
-		dst = append(dst, ", "...)
-	}
-	dst = strconv.AppendInt(dst, int64(r.ProtoMajor), 10)
+	dst = strconv.AppendInt(dst, int64(req.Major), 10)
 	dst = append(dst, '.')
-	dst = strconv.AppendInt(dst, int64(r.ProtoMinor), 10)
+	dst = strconv.AppendInt(dst, int64(req.Minor), 10)
 	dst = append(dst, " holdfast\r\n"...)
-	if size >= 0 {
+	switch {
+	case length == wire.Chunked:
+		dst = append(dst, "Transfer-Encoding: chunked\r\n"...)
+	case length >= 0:
 		dst = append(dst, "Content-Length: "...)
-		dst = strconv.AppendInt(dst, size, 10)
+		dst = strconv.AppendInt(dst, length, 10)
 		dst = append(dst, "\r\n"...)
 	}
 	return append(dst, "\r\n"...)
 }
 
-func appendField(dst []byte, name, value string) []byte {
-	dst = append(dst, name...)
-	dst = append(dst, ": "...)
-	dst = append(dst, value...)
-	return append(dst, "\r\n"...)
+func appendAddr(dst []byte, addr netip.AddrPort) []byte {
+	if !addr.IsValid() {
+		return append(dst, "unknown"...)
+	}
+	return addr.Addr().AppendTo(dst)
 }
 
-// forwardTail is the head's end as it goes to the API: what only the API is
-// told, and the empty line. It replaces the empty line of the captured head.
-func forwardTail(dst []byte, id uuid.UUID) []byte {
+// appendEnd appends the head's end as it goes to the API: what only the API of
+// this moment is told, and the empty line. It replaces the empty line of the
+// captured head.
+func appendEnd(dst []byte, id uuid.UUID, x *edge.Exchange, upgrade string) []byte {
 	dst = append(dst, capture.HTTPHeaderID...)
 	dst = append(dst, ": "...)
 	dst = append(dst, id.String()...)
-	return append(dst, "\r\n\r\n"...)
-}
-
-// originForm is the target as the client sent it, without scheme and authority
-// where it came in absolute form (RFC 9112 section 3.2).
-func originForm(r *http.Request) string {
-	target := r.RequestURI
-	if strings.HasPrefix(target, "/") || target == "*" {
-		return target
-	}
-	_, rest, ok := strings.Cut(target, "://")
-	if !ok {
-		return r.URL.RequestURI()
-	}
-	i := strings.IndexAny(rest, "/?")
+	dst = append(dst, "\r\n"...)
 	switch {
-	case i < 0:
-		return "/"
-	case rest[i] == '?':
-		return "/" + rest[i:]
-	default:
-		return rest[i:]
+	case upgrade != "":
+		dst = append(dst, "Connection: Upgrade\r\n"...)
+		dst = wire.AppendField(dst, "Upgrade", upgrade)
+	case wire.HasToken(x.Request.Fields.Get("TE"), "trailers"):
+		// Whoever takes trailers gets them: this hop passes them on.
+		dst = append(dst, "Connection: TE\r\nTE: trailers\r\n"...)
 	}
+	return append(dst, "\r\n"...)
 }
 
-func remoteAddr(r *http.Request) netip.Addr {
-	addr, err := netip.ParseAddrPort(r.RemoteAddr)
-	if err != nil {
-		return netip.Addr{}
+// trailerFields gives the fields of a trailer section that may be passed on.
+// Framing, routing and our own names have no place there (RFC 9110 section
+// 6.5.1).
+func trailerFields(fields wire.Fields) wire.Fields {
+	var kept wire.Fields
+	for _, f := range fields {
+		switch kind := f.Meaning(); {
+		case kind.HopByHop(), kind == wire.Host, kind == wire.ContentLength, kind == wire.Expect, capture.IsOwnHTTPHeader(f.Name):
+		case kind == wire.Forwarded, kind == wire.ForwardedFor, kind == wire.ForwardedHost, kind == wire.ForwardedProto:
+		default:
+			kept = append(kept, f)
+		}
 	}
-	return addr.Addr().Unmap()
+	return kept
 }

@@ -27,6 +27,7 @@ type metrics struct {
 	republished  prometheus.Counter
 	publishError *prometheus.CounterVec
 	lostOutcomes prometheus.Counter
+	upgraded     prometheus.Gauge
 }
 
 type requestLabels struct {
@@ -61,11 +62,14 @@ func newMetrics(reg prometheus.Registerer, sp *spool.Spool, inflight *limiter, c
 		lostOutcomes: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "holdfast_outcomes_unwritten_total", Help: "Outcomes that could not be written to the spool: their requests are replayed.",
 		}),
+		upgraded: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "holdfast_upgraded_connections", Help: "Connections of clients that carry another protocol, WebSocket for instance.",
+		}),
 	}
 	stat := func(name, help string, f func(spool.Stats) float64) prometheus.Collector {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return f(sp.Stats()) })
 	}
-	reg.MustRegister(m.requests, m.captureDuration, m.upstreamDuration, m.published, m.republished, m.publishError, m.lostOutcomes,
+	reg.MustRegister(m.requests, m.captureDuration, m.upstreamDuration, m.published, m.republished, m.publishError, m.lostOutcomes, m.upgraded,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "holdfast_inflight_bytes", Help: "Bytes of requests held in memory or temporary files; HOLDFAST_MAX_INFLIGHT_BYTES is the limit.",
 		}, func() float64 { return float64(inflight.used.Load()) }),

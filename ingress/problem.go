@@ -1,13 +1,14 @@
 package ingress
 
 import (
-	"net/http"
 	"time"
 
 	"github.com/google/uuid"
 
+	"github.com/holdfast-io/holdfast/ingress/internal/edge"
 	"github.com/holdfast-io/holdfast/pkg/capture"
 	"github.com/holdfast-io/holdfast/pkg/service"
+	"github.com/holdfast-io/holdfast/pkg/wire"
 )
 
 // proxyError is an error type of RFC 9209 section 2.3.
@@ -35,12 +36,39 @@ type refusal struct {
 	retry  time.Duration
 }
 
-func (rf refusal) write(w http.ResponseWriter, id uuid.UUID) {
-	w.Header().Set("Proxy-Status", "holdfast; error="+string(rf.err))
+// problem is what the client is told. id is uuid.Nil where there is none.
+func (rf refusal) problem(id uuid.UUID) service.Problem {
 	p := service.Problem{Status: rf.status, Detail: rf.detail, RetryAfter: rf.retry}
 	if id != uuid.Nil {
 		p.RequestID = id.String()
-		w.Header()[capture.HTTPHeaderID] = []string{p.RequestID}
 	}
-	service.WriteProblem(w, p)
+	return p
+}
+
+func (rf refusal) proxyStatus() string { return "holdfast; error=" + string(rf.err) }
+
+// write answers with the refusal. A client that has gone needs no answer.
+func (rf refusal) write(x *edge.Exchange, id uuid.UUID, state stored) {
+	p := rf.problem(id)
+	fields := x.Answer[:0].Add("Proxy-Status", rf.proxyStatus())
+	fields = appendOwn(fields, p.RequestID, state)
+	body := p.JSON()
+	fields = fields.Add("Content-Type", service.ProblemType).Add("X-Content-Type-Options", "nosniff")
+	if p.RetryAfter > 0 {
+		fields = fields.Add("Retry-After", p.RetrySeconds())
+	}
+	x.Head(rf.status, p.Title, fields, int64(len(body)))
+	_ = x.Write(body)
+	_ = x.End(nil)
+}
+
+// appendOwn appends the gateway's own fields of an answer.
+func appendOwn(fields wire.Fields, id string, state stored) wire.Fields {
+	if id != "" {
+		fields = append(fields, wire.Field{Name: capture.HTTPHeaderID, Value: id})
+	}
+	if state != "" {
+		fields = append(fields, wire.Field{Name: capture.HTTPHeaderStored, Value: string(state)})
+	}
+	return fields
 }

@@ -87,9 +87,6 @@ type timings struct {
 	// store bounds how long an answer is held for the capture's fsync. A disk
 	// that takes longer is broken for our purpose, and the client must learn.
 	store time.Duration
-	// stalled bounds how long a client may neither send nor take a byte: lost
-	// packets are sent again many times meanwhile.
-	stalled time.Duration
 	// drain bounds how long a stop waits for the spool to be released, within the
 	// time that the stop has: words come within milliseconds where recorder and
 	// acker are there, and where they are not the spool keeps everything.
@@ -100,7 +97,7 @@ func defaultTimings() timings {
 	return timings{
 		ackWait: 5 * time.Second, look: time.Second, wordLost: 10 * time.Second,
 		republishMin: time.Minute, republishMax: time.Hour,
-		store: 10 * time.Second, stalled: time.Minute, drain: 5 * time.Second,
+		store: 10 * time.Second, drain: 5 * time.Second,
 	}
 }
 

@@ -5,50 +5,32 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
 	"strings"
 
-	"github.com/holdfast-io/holdfast/pkg/capture"
-	"github.com/holdfast-io/holdfast/pkg/service"
+	"github.com/holdfast-io/holdfast/pkg/route"
 	"github.com/holdfast-io/holdfast/pkg/upstream"
+	"github.com/holdfast-io/holdfast/pkg/wire"
 )
 
-// captureMode says what happens to a request that cannot be stored.
-type captureMode string
-
-const (
-	captureRequired   captureMode = "required"    // it is refused
-	captureBestEffort captureMode = "best_effort" // it is passed on all the same
-	captureOff        captureMode = "off"         // none is stored
-)
-
-// route is what is decided about the requests that match it.
-type route struct {
-	name    string
-	mode    captureMode
-	methods service.Methods
-	policy  capture.Policy
-	accept  bool   // on_failure: accept
-	orderBy string // name of the header that holds the ordering key, empty: none
-	maxBody int64
-	host    bool   // the API sees its own Host, not the client's
-	ownHost string // the API's own
+// destination is a route with the way to its API. Routes with one API share the
+// connections to it.
+type destination struct {
+	*route.Route
+	ownHost bool // the API sees its own host, not the client's
 	pool    *upstream.Pool
-}
-
-// captures reports whether requests of this method are captured.
-func (rt *route) captures(method string) bool {
-	return rt.mode != captureOff && rt.methods.Has(method)
+	http2   *http.Transport // for what cannot go as HTTP/1.1
 }
 
 // orderKey is the request's ordering key, empty where there is none.
-func (rt *route) orderKey(h http.Header) string {
-	if rt.orderBy == "" {
+func (d *destination) orderKey(fields wire.Fields) string {
+	if d.OrderBy == "" {
 		return ""
 	}
-	key := strings.Join(h[rt.orderBy], ",")
+	key := strings.Join(fields.Values(d.OrderBy), ",")
 	if len(key) > maxOrderKey {
 		sum := sha256.Sum256([]byte(key))
 		return "sha256:" + hex.EncodeToString(sum[:])
@@ -61,47 +43,84 @@ func (rt *route) orderKey(h http.Header) string {
 // equality counts.
 const maxOrderKey = 256
 
-// routes finds the route of a request.
-type routes struct {
-	def *route
+// destinations finds the destination of a request.
+type destinations struct {
+	table *route.Table
+	all   map[*route.Route]*destination
+	only  *destination // where one route takes everything
+	pools map[string]*upstream.Pool
 }
 
-func (rs *routes) match(*http.Request) *route { return rs.def }
-
-func (rs *routes) close() { rs.def.pool.Close() }
-
-// newRoutes makes the default route of the settings.
-func newRoutes(s *Settings) (*routes, error) {
-	if s.RoutesFile != "" {
-		return nil, fmt.Errorf("HOLDFAST_ROUTES_FILE: routes by file are not supported by this version; set HOLDFAST_UPSTREAM_URL")
+// newDestinations makes the destinations of the settings. It connects to none.
+func newDestinations(s *Settings) (_ *destinations, err error) {
+	table, err := route.Load(s.Routes, int64(s.MaxBodyBytes))
+	if file := (*route.FileError)(nil); errors.As(err, &file) {
+		return nil, fmt.Errorf("HOLDFAST_ROUTES_FILE: %w", err)
+	}
+	if err != nil {
+		return nil, err
 	}
 	cfg, err := clientTLS(s.UpstreamCAFile)
 	if err != nil {
 		return nil, err
 	}
-	if p := s.UpstreamURL.Path; p != "" && p != "/" {
-		return nil, fmt.Errorf("HOLDFAST_UPSTREAM_URL: the path %s is not allowed, requests keep the path that the client sent", p)
+	ds := &destinations{table: table, all: make(map[*route.Route]*destination), pools: make(map[string]*upstream.Pool)}
+	defer func() {
+		if err != nil {
+			ds.close()
+		}
+	}()
+	for _, r := range table.Routes() {
+		key := r.Upstream.String()
+		if ds.pools[key] == nil {
+			if ds.pools[key], err = upstream.New(upstream.Options{URL: r.Upstream, TLS: cfg}); err != nil {
+				return nil, err
+			}
+		}
+		ds.all[r] = &destination{
+			Route: r, ownHost: !s.PreserveHost, pool: ds.pools[key], http2: newHTTP2Transport(cfg, r.Policy.Timeout),
+		}
+		if s.RoutesFile == "" {
+			ds.only = ds.all[r]
+		}
 	}
-	pool, err := upstream.New(upstream.Options{URL: &s.UpstreamURL.URL, TLS: cfg})
-	if err != nil {
-		return nil, err
+	return ds, nil
+}
+
+// match gives the destination of a request, nil when no route takes it.
+func (ds *destinations) match(req *wire.Request) *destination {
+	if ds.only != nil {
+		return ds.only
 	}
-	policy := capture.DefaultPolicy()
-	policy.By = capture.CompletionBy(s.Completion)
-	policy.Timeout, policy.Grace = s.UpstreamTimeout, s.Grace
-	rt := &route{
-		name:    capture.DefaultRoute,
-		mode:    captureMode(s.Capture),
-		methods: s.CaptureMethods,
-		policy:  policy,
-		accept:  s.OnFailure == "accept",
-		orderBy: http.CanonicalHeaderKey(strings.TrimPrefix(s.OrderBy, "header:")),
-		maxBody: int64(s.MaxBodyBytes),
-		host:    !s.PreserveHost,
-		ownHost: s.UpstreamURL.Host,
-		pool:    pool,
+	return ds.all[ds.table.Match(req.Host, req.Target, req.Method)]
+}
+
+// conns is how many connections to APIs are open.
+func (ds *destinations) conns() float64 {
+	n := int64(0)
+	for _, p := range ds.pools {
+		n += p.Conns()
 	}
-	return &routes{def: rt}, nil
+	return float64(n)
+}
+
+// required reports whether some route refuses what cannot be stored.
+func (ds *destinations) required() bool {
+	for r := range ds.all {
+		if r.Mode == route.Required {
+			return true
+		}
+	}
+	return false
+}
+
+func (ds *destinations) close() {
+	for _, p := range ds.pools {
+		p.Close()
+	}
+	for _, d := range ds.all {
+		d.http2.CloseIdleConnections()
+	}
 }
 
 // clientTLS trusts the certificates of caFile, or the system's without one.

@@ -3,6 +3,7 @@ package ingress
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -14,7 +15,9 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/holdfast-io/holdfast/ingress/internal/edge"
 	"github.com/holdfast-io/holdfast/pkg/capture"
+	"github.com/holdfast-io/holdfast/pkg/route"
 	"github.com/holdfast-io/holdfast/pkg/service"
 	"github.com/holdfast-io/holdfast/pkg/spool"
 )
@@ -24,6 +27,25 @@ type Settings struct {
 	service.Routes
 	service.Upstream
 	service.Ingress
+}
+
+// Validate checks the routes, and what must go together with them.
+func (s *Settings) Validate() []service.SettingError {
+	problems := route.Check(s.Routes, int64(s.MaxBodyBytes))
+	if s.RoutesFile == "" || len(problems) > 0 {
+		return problems
+	}
+	table, err := route.Load(s.Routes, int64(s.MaxBodyBytes))
+	if err != nil {
+		return nil // it has just been checked
+	}
+	for _, r := range table.Routes() {
+		if r.MaxBody >= int64(s.SpoolMaxBytes) {
+			problems = append(problems, service.Invalid("SPOOL_MAX_BYTES", "%s cannot hold one body of route %s (%s); make it larger",
+				s.SpoolMaxBytes, r.Name, service.ByteSize(r.MaxBody)))
+		}
+	}
+	return problems
 }
 
 // Options are what a Service is made of.
@@ -42,7 +64,7 @@ type Options struct {
 // Service is the ingress. It is a [service.Component].
 type Service struct {
 	group   *service.Group
-	server  *service.Server
+	server  *edge.Server
 	handler *handler
 	ran     atomic.Bool
 }
@@ -65,6 +87,9 @@ func New(o Options) (_ *Service, err error) {
 	if !capture.ValidIngress(s.IngressID) {
 		return nil, fmt.Errorf("HOLDFAST_INGRESS_ID %q: letters, digits, - and _, at most 64", s.IngressID)
 	}
+	if err := fits(o.Conn, s); err != nil {
+		return nil, err
+	}
 	times := defaultTimings()
 	if o.times != nil {
 		times = *o.times
@@ -75,11 +100,15 @@ func New(o Options) (_ *Service, err error) {
 			_ = group.Stop(context.Background())
 		}
 	}()
-	cert, err := serverTLS(s.TLSCertFile, s.TLSKeyFile)
-	if err != nil {
-		return nil, err
+	var cert *edge.Certificate
+	var cfg *tls.Config
+	if s.TLSCertFile != "" {
+		if cert, err = edge.LoadCertificate(s.TLSCertFile, s.TLSKeyFile, o.Logger, o.Registry); err != nil {
+			return nil, err
+		}
+		cfg = cert.Config()
 	}
-	routes, err := newRoutes(s)
+	routes, err := newDestinations(s)
 	if err != nil {
 		return nil, err
 	}
@@ -98,27 +127,24 @@ func New(o Options) (_ *Service, err error) {
 
 	inflight := &limiter{max: int64(s.MaxInflightBytes)}
 	pub := newPublisher(o.Conn, sp, s.IngressID, o.Logger, times)
-	m := newMetrics(o.Registry, sp, inflight, func() float64 { return float64(routes.def.pool.Conns()) }, pub.window.pending)
+	m := newMetrics(o.Registry, sp, inflight, routes.conns, pub.window.pending)
 	pub.m = m
 	w := &words{nc: o.Conn, spool: sp, ingress: s.IngressID, log: o.Logger, heard: pub.window.heard}
 	h := &handler{
 		routes: routes, head: headWriter{trusted: s.TrustedProxies}, spool: sp, ingress: s.IngressID,
-		inline: int64(s.InlineBytes), bodyDir: bodies, inflight: inflight,
+		inline: int64(s.InlineBytes), maxHead: int64(s.MaxHeaderBytes), bodyDir: bodies, inflight: inflight,
 		times: times, retryAfter: s.RetryAfter, accessLog: s.AccessLog, log: o.Logger, m: m,
 	}
-	server, err := service.Listen("ingress", s.IngressAddr, h, o.Logger)
+	server, err := edge.New(edge.Options{
+		Addr: string(s.IngressAddr), TLS: cfg, Handler: h,
+		HeadTimeout: s.ReadHeaderTimeout, BodyTimeout: s.ReadBodyTimeout, WriteTimeout: s.WriteTimeout, IdleTimeout: s.IdleTimeout,
+		HeadBytes: int(s.MaxHeaderBytes), HeadFields: s.MaxHeaderFields,
+		Conns: s.MaxConnections, ConnsPerClient: s.MaxConnectionsPerClient, Exempt: s.TrustedProxies.Contains,
+		DrainDelay: s.DrainDelay, Logger: o.Logger, Registry: o.Registry,
+	})
 	if err != nil {
 		return nil, err
 	}
-	// A head and a body that fits into one message come at once, or the client
-	// holds room for nothing; for larger bodies each part has this time. Answers
-	// may be streamed for as long as the API takes, which its own timeout bounds.
-	server.HTTP.ReadTimeout, server.HTTP.WriteTimeout = times.stalled, 0
-	// One message to the broker holds head and inline body: 1 MiB at most.
-	server.HTTP.MaxHeaderBytes = maxHead
-	// OPTIONS * is the API's, like every other target.
-	server.HTTP.DisableGeneralOptionsHandler = true
-	server.TLS = cert
 	svc := &Service{group: group, server: server, handler: h}
 
 	// The stack: clients first, then what the spool still holds goes out, then
@@ -137,6 +163,9 @@ func New(o Options) (_ *Service, err error) {
 		return nil
 	})
 	group.Add("http", server)
+	if cert != nil {
+		group.Add("certificate", service.NewLoop(cert.Run))
+	}
 	started := o.Ready.Flag("ingress", "not started")
 	room := o.Ready.Flag("spool", "not started")
 	group.Add("readiness", service.NewLoop(func(ctx context.Context) error {
@@ -145,7 +174,7 @@ func New(o Options) (_ *Service, err error) {
 		tick := time.NewTicker(readyEvery)
 		defer tick.Stop()
 		for {
-			if err := h.ready(); err != nil {
+			if err := errors.Join(fits(o.Conn, s), h.ready()); err != nil {
 				room.NotReady(err.Error())
 			} else {
 				room.Ready()
@@ -160,34 +189,32 @@ func New(o Options) (_ *Service, err error) {
 	return svc, nil
 }
 
-// maxHead bounds a request's head. One message to the broker holds head and
-// inline body: 1 MiB at most, with room for what the gateway adds.
-const maxHead = 64 << 10
+// maxAdded bounds what the gateway adds to a head: a host twice, addresses, itself.
+const maxAdded = 1 << 10
+
+// fits reports whether the broker, where it is known, takes the largest message:
+// an envelope with a head and a body that is not split, or with a chunk.
+func fits(nc *nats.Conn, s *Settings) error {
+	need := int64(maxEnvelope) + max(int64(s.InlineBytes)+int64(s.MaxHeaderBytes)+maxAdded, chunkBytes)
+	if most := nc.MaxPayload(); nc.IsConnected() && need > most {
+		return fmt.Errorf("the broker takes messages of %s at most (max_payload), and HOLDFAST_INLINE_BYTES (%s) with HOLDFAST_MAX_HEADER_BYTES (%s) need %s",
+			service.ByteSize(most), s.InlineBytes, s.MaxHeaderBytes, service.ByteSize(need))
+	}
+	return nil
+}
 
 // ready refuses traffic for a spool that has no room for a plain request, where
 // requests must be stored.
 func (h *handler) ready() error {
-	if h.routes.def.mode != captureRequired {
+	if !h.routes.required() {
 		return nil
 	}
-	res, err := h.spool.Reserve(2, h.inline+maxHead)
+	res, err := h.spool.Reserve(2, h.inline+h.maxHead)
 	if err != nil {
 		return err
 	}
 	res.Release()
 	return nil
-}
-
-// serverTLS is the certificate that clients see, nil for plain HTTP.
-func serverTLS(certFile, keyFile string) (*tls.Config, error) {
-	if certFile == "" {
-		return nil, nil
-	}
-	cert, err := tls.LoadX509KeyPair(certFile, keyFile)
-	if err != nil {
-		return nil, fmt.Errorf("HOLDFAST_TLS_CERT_FILE and HOLDFAST_TLS_KEY_FILE: %w", err)
-	}
-	return &tls.Config{Certificates: []tls.Certificate{cert}}, nil
 }
 
 // bodyDir is where bodies of unknown length are kept while they are read.

@@ -231,7 +231,7 @@ func receive(x *upstream.Exchange) answer {
 	if err != nil {
 		return failed(err)
 	}
-	got := answer{status: resp.StatusCode, retryAfter: resp.Header.Get("Retry-After")}
+	got := answer{status: resp.Status, retryAfter: resp.Fields.Get("Retry-After")}
 	if _, err := io.Copy(io.Discard, struct{ io.Reader }{x}); err != nil {
 		got.err = fmt.Errorf("answer cut short: %w", err)
 		return got

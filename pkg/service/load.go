@@ -69,10 +69,11 @@ func load(settings Settings, local bool, getenv func(string) string, environ []s
 		}
 		problems = append(problems, l.fill(f)...)
 	}
+	unread := len(problems)
 	for _, p := range validate(settings) {
 		// A setting that could not be read holds its default: what that breaks
 		// is no news.
-		if !slices.ContainsFunc(problems, func(q SettingError) bool { return q.Name == p.Name }) {
+		if !slices.ContainsFunc(problems[:unread], func(q SettingError) bool { return q.Name == p.Name }) {
 			problems = append(problems, p)
 		}
 	}

@@ -25,9 +25,12 @@ type Problem struct {
 	RetryAfter time.Duration `json:"-"`
 }
 
-// WriteProblem answers with the problem. Headers that the caller has set stay,
-// but for those that describe a body.
-func WriteProblem(w http.ResponseWriter, p Problem) {
+// ProblemType is the media type of a problem.
+const ProblemType = "application/problem+json"
+
+// JSON gives the body of an answer with the problem, and sets what is empty of
+// Status, Type and Title.
+func (p *Problem) JSON() []byte {
 	if p.Status == 0 {
 		p.Status = http.StatusInternalServerError
 	}
@@ -41,15 +44,25 @@ func WriteProblem(w http.ResponseWriter, p Problem) {
 	if err != nil {
 		panic(err) // strings and numbers alone: it cannot fail
 	}
+	return body
+}
+
+// RetrySeconds gives RetryAfter as its header has it.
+func (p *Problem) RetrySeconds() string { return strconv.Itoa(int(math.Ceil(p.RetryAfter.Seconds()))) }
+
+// WriteProblem answers with the problem. Headers that the caller has set stay,
+// but for those that describe a body.
+func WriteProblem(w http.ResponseWriter, p Problem) {
+	body := p.JSON()
 	h := w.Header()
 	for _, name := range []string{"Content-Encoding", "Etag", "Last-Modified", "Trailer"} {
 		h.Del(name)
 	}
-	h.Set("Content-Type", "application/problem+json")
+	h.Set("Content-Type", ProblemType)
 	h.Set("Content-Length", strconv.Itoa(len(body)))
 	h.Set("X-Content-Type-Options", "nosniff")
 	if p.RetryAfter > 0 {
-		h.Set("Retry-After", strconv.Itoa(int(math.Ceil(p.RetryAfter.Seconds()))))
+		h.Set("Retry-After", p.RetrySeconds())
 	}
 	w.WriteHeader(p.Status)
 	// A client that has gone is all that can fail here, and it needs no answer.

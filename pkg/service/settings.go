@@ -135,20 +135,29 @@ type Upstream struct {
 
 // Ingress is what only the ingress needs, and standalone.
 type Ingress struct {
-	IngressAddr      Addr          `split_words:"true" default:":8080" local:"127.0.0.1:8080" desc:"where clients are served"`
-	TLSCertFile      string        `split_words:"true" desc:"the certificate of the ingress; with the key, HTTPS and HTTP/2"`
-	TLSKeyFile       string        `split_words:"true" desc:"the key of the ingress's certificate"`
-	TrustedProxies   Prefixes      `split_words:"true" desc:"addresses and networks whose X-Forwarded-* headers are kept, separated by commas"`
-	MaxBodyBytes     ByteSize      `split_words:"true" default:"32MiB" min:"1" desc:"larger bodies are answered 413"`
-	MaxInflightBytes ByteSize      `split_words:"true" default:"256MiB" min:"1MiB" desc:"above this much in flight, requests are answered 503"`
-	InlineBytes      ByteSize      `split_words:"true" default:"256KiB" min:"1KiB" max:"768KiB" desc:"bodies up to this travel in one message, larger ones in chunks; a message must fit the broker's max_payload of 1MiB with its head"`
-	RetryAfter       time.Duration `split_words:"true" default:"5s" min:"1s" desc:"what a 503 tells the client to wait"`
-	IngressID        string        `split_words:"true" default:"<host name>" desc:"names the spool, and must stay the same over restarts: letters, digits, - and _, at most 64"`
-	Store            string        `split_words:"true" default:"synced" allowed:"synced,replicated" desc:"what a request must be before its answer: fsynced here, or acknowledged by a replicated stream (not supported yet)"`
-	SpoolDir         string        `split_words:"true" default:"<data dir>/spool" desc:"the directory of the spool"`
-	SpoolMaxBytes    ByteSize      `split_words:"true" default:"4GiB" min:"1MiB" desc:"the most that the spool may take on disk"`
-	SpoolSalvage     bool          `split_words:"true" default:"false" desc:"publish what is readable of a damaged spool, once; the damaged files are kept"`
-	AccessLog        string        `split_words:"true" default:"errors" allowed:"errors,all,off" desc:"which requests are logged"`
+	IngressAddr             Addr          `split_words:"true" default:":8080" local:"127.0.0.1:8080" desc:"where clients are served"`
+	TLSCertFile             string        `split_words:"true" desc:"the certificate of the ingress; with the key, HTTPS and HTTP/2"`
+	TLSKeyFile              string        `split_words:"true" desc:"the key of the ingress's certificate"`
+	TrustedProxies          Prefixes      `split_words:"true" desc:"addresses and networks whose X-Forwarded-* headers are kept, separated by commas"`
+	MaxBodyBytes            ByteSize      `split_words:"true" default:"32MiB" min:"1" desc:"larger bodies are answered 413"`
+	MaxInflightBytes        ByteSize      `split_words:"true" default:"256MiB" min:"1MiB" desc:"above this much in flight, requests are answered 503"`
+	InlineBytes             ByteSize      `split_words:"true" default:"256KiB" min:"1KiB" max:"768KiB" desc:"bodies up to this travel in one message, larger ones in chunks; a message must fit the broker's max_payload of 1MiB with its head"`
+	RetryAfter              time.Duration `split_words:"true" default:"5s" min:"1s" desc:"what a 503 tells the client to wait"`
+	MaxHeaderBytes          ByteSize      `split_words:"true" default:"64KiB" min:"1KiB" max:"128KiB" desc:"larger heads are answered 431"`
+	MaxHeaderFields         int           `split_words:"true" default:"128" min:"1" max:"1000" desc:"heads with more fields are answered 431"`
+	MaxConnections          int           `split_words:"true" default:"20000" min:"1" desc:"above this many connections of clients, further ones are answered 503 and closed"`
+	MaxConnectionsPerClient int           `split_words:"true" default:"0" min:"0" desc:"the same for one client's address, but for HOLDFAST_TRUSTED_PROXIES; 0 is no limit"`
+	ReadHeaderTimeout       time.Duration `split_words:"true" default:"10s" min:"1ms" desc:"how long a client may take for the head of a request"`
+	ReadBodyTimeout         time.Duration `split_words:"true" default:"30s" min:"1ms" desc:"how long a client may pause in a body; beyond that time 1 KiB/s are asked of it too"`
+	WriteTimeout            time.Duration `split_words:"true" default:"30s" min:"1ms" desc:"how long a client may take to read a part of an answer"`
+	IdleTimeout             time.Duration `split_words:"true" default:"90s" min:"1ms" desc:"how long a connection of a client may be idle"`
+	DrainDelay              time.Duration `split_words:"true" default:"5s" local:"0s" min:"0s" desc:"how long a stop goes on to take connections after it is not ready, for balancers to notice; part of HOLDFAST_SHUTDOWN_TIMEOUT"`
+	IngressID               string        `split_words:"true" default:"<host name>" desc:"names the spool, and must stay the same over restarts: letters, digits, - and _, at most 64"`
+	Store                   string        `split_words:"true" default:"synced" allowed:"synced,replicated" desc:"what a request must be before its answer: fsynced here, or acknowledged by a replicated stream (not supported yet)"`
+	SpoolDir                string        `split_words:"true" default:"<data dir>/spool" desc:"the directory of the spool"`
+	SpoolMaxBytes           ByteSize      `split_words:"true" default:"4GiB" min:"1MiB" desc:"the most that the spool may take on disk"`
+	SpoolSalvage            bool          `split_words:"true" default:"false" desc:"publish what is readable of a damaged spool, once; the damaged files are kept"`
+	AccessLog               string        `split_words:"true" default:"errors" allowed:"errors,all,off" desc:"which requests are logged"`
 }
 
 // Validate checks what must go together.

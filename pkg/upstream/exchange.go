@@ -1,11 +1,16 @@
 package upstream
 
 import (
+	"bytes"
 	"errors"
 	"io"
+	"net"
 	"net/http"
 	"os"
+	"sync"
 	"time"
+
+	"github.com/holdfast-io/holdfast/pkg/wire"
 )
 
 // Exchange is one request and its answer, for one goroutine. It must be
@@ -14,10 +19,12 @@ type Exchange struct {
 	p        *Pool
 	c        *conn
 	method   string
-	resp     *http.Response
-	body     io.Reader
+	resp     wire.Response
+	answered bool
+	body     wire.Body
 	deadline time.Time
 	unsent   int64 // bytes of the body that are still to be written
+	upgrade  bool  // the request asks for another protocol
 	reusable bool
 	closed   bool
 }
@@ -160,45 +167,81 @@ func (x *Exchange) Extend(deadline time.Time) error {
 }
 
 // Answer reads the head of the final answer. Interim ones (1xx) are handed to
-// interim, if it is not nil, as they come; 101 is an error, because nobody asked
-// for another protocol. The body is read by Read, not from the result's Body.
-// After an error the exchange is closed.
-func (x *Exchange) Answer(interim func(*http.Response)) (*http.Response, error) {
-	if x.resp != nil {
-		return x.resp, nil
+// interim, if it is not nil, as they come. 101 is final where the request asked
+// for another protocol, see [Exchange.Upgrade], and an error where it did not. The
+// body is read by Read. What Answer gives is valid until Close. After an error
+// the exchange is closed.
+func (x *Exchange) Answer(interim func(*wire.Response)) (*wire.Response, error) {
+	if x.answered {
+		return &x.resp, nil
 	}
-	// net/http needs the method alone: an answer to HEAD has no body.
-	req := &http.Request{Method: x.method}
-	x.c.limit = x.p.o.MaxHeaderBytes
+	x.resp.Fields = x.c.fields
 	for {
-		resp, err := http.ReadResponse(x.c.br, req)
-		switch {
-		case err != nil:
-		case resp.StatusCode == http.StatusSwitchingProtocols:
+		// Each interim answer has the whole limit: a slow API may send many.
+		err := wire.ReadResponse(x.c.br, &x.resp, x.method, x.p.o.MaxHeaderBytes, maxFields)
+		if err == nil && x.resp.Status == http.StatusSwitchingProtocols && !x.upgrade {
 			err = errSwitched
-		case resp.StatusCode < 100:
-			err = errStatus
 		}
 		if err != nil {
 			x.fail(err)
 			return nil, &Error{Op: "read", Sent: true, Err: err}
 		}
-		if resp.StatusCode >= 200 {
-			x.c.limit = -1
-			x.resp, x.body = resp, resp.Body
-			return resp, nil
+		if x.resp.Status >= 200 || x.resp.Status == http.StatusSwitchingProtocols {
+			break
 		}
-		// Each interim answer has the whole limit: a slow API may send many.
-		x.c.limit = x.p.o.MaxHeaderBytes
 		if interim != nil {
-			interim(resp)
+			interim(&x.resp)
 		}
 	}
+	x.c.fields = x.resp.Fields
+	x.answered = true
+	x.body.Reset(x.c.br, x.resp.Length, x.p.o.MaxHeaderBytes, maxFields, true)
+	return &x.resp, nil
+}
+
+// maxFields bounds the fields of an answer's head, and of its trailer section.
+const maxFields = 1000
+
+// AllowUpgrade says that the request asks for another protocol.
+func (x *Exchange) AllowUpgrade() { x.upgrade = true }
+
+// Upgrade takes the connection out of the exchange, after an answer 101, with
+// what the API has said on it already. The caller closes it; no deadline is set
+// on it any more. It counts as a connection of the pool until then.
+func (x *Exchange) Upgrade() (net.Conn, []byte, error) {
+	if err := x.c.SetDeadline(time.Time{}); err != nil {
+		return nil, nil, &Error{Op: "read", Sent: true, Err: err}
+	}
+	x.closed = true
+	return &upgraded{Conn: x.c.Conn, p: x.p}, bytes.Clone(x.c.br.Buffered()), nil
+}
+
+// upgraded gives its slot back when it is closed.
+type upgraded struct {
+	net.Conn
+	p    *Pool
+	once sync.Once
+}
+
+// CloseWrite ends the sending side, where the connection can.
+func (u *upgraded) CloseWrite() error {
+	if half, ok := u.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return u.Conn.Close()
+}
+
+func (u *upgraded) Close() error {
+	err := u.Conn.Close()
+	u.once.Do(func() {
+		u.p.open.Add(-1)
+		<-u.p.slots
+	})
+	return err
 }
 
 // Read reads the answer's body. It gives [io.EOF] only when the answer has
-// come whole: an answer that was cut short gives an *Error. Trailers of the
-// answer are then in its Trailer.
+// come whole: an answer that was cut short gives an *Error.
 func (x *Exchange) Read(b []byte) (int, error) {
 	n, err := x.body.Read(b)
 	switch {
@@ -212,6 +255,9 @@ func (x *Exchange) Read(b []byte) (int, error) {
 	}
 }
 
+// Trailer gives the fields after the body, once Read has given io.EOF.
+func (x *Exchange) Trailer() wire.Fields { return x.body.Trailer }
+
 // Close ends the exchange. The connection is used again if request and answer
 // went through whole and neither side wants it closed.
 func (x *Exchange) Close() {
@@ -219,7 +265,7 @@ func (x *Exchange) Close() {
 		return
 	}
 	x.closed = true
-	if !x.reusable || x.unsent != 0 || x.resp.Close || x.c.br.Buffered() != 0 {
+	if !x.reusable || x.unsent != 0 || x.resp.Close || len(x.c.br.Buffered()) != 0 {
 		x.p.discard(x.c)
 		return
 	}

@@ -7,11 +7,10 @@
 //
 // A request is sent as the bytes that were captured, so that what is stored,
 // what is forwarded and what is replayed are one and the same. Answers are
-// parsed by net/http. A connection carries one request at a time.
+// read by [wire]. A connection carries one request at a time.
 package upstream
 
 import (
-	"bufio"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -24,6 +23,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/holdfast-io/holdfast/pkg/wire"
 )
 
 // Options configure a Pool. Zero values take the documented defaults.
@@ -44,7 +45,7 @@ type Options struct {
 	// DialTimeout bounds connecting, TLS handshake included. Default 5 s.
 	DialTimeout time.Duration
 	// MaxHeaderBytes bounds the head of an answer. Default 256 KiB.
-	MaxHeaderBytes int64
+	MaxHeaderBytes int
 }
 
 // Pool keeps connections to one API. It is safe for concurrent use.
@@ -88,7 +89,6 @@ var (
 	errNoConn   = fmt.Errorf("no connection became free in time: %w", os.ErrDeadlineExceeded)
 	errClosed   = errors.New("pool is closed")
 	errSwitched = errors.New("the API changed the protocol unasked")
-	errStatus   = errors.New("status of the answer is no status")
 )
 
 // New validates the options. It does not connect.
@@ -126,7 +126,7 @@ func New(o Options) (*Pool, error) {
 	return p, nil
 }
 
-func cmpOr[T int | int64 | time.Duration](v, def T) T {
+func cmpOr[T int | time.Duration](v, def T) T {
 	if v == 0 {
 		return def
 	}
@@ -151,29 +151,12 @@ func (p *Pool) Close() {
 type conn struct {
 	net.Conn
 	raw     syscall.RawConn // of the TCP connection, below TLS where there is one
-	br      *bufio.Reader
-	limit   int64 // bytes that may still be read for an answer's head; < 0: no limit
+	br      *wire.Reader
+	fields  wire.Fields // of the last answer, to be used again
 	scratch []byte
 	idleAt  time.Time
 	gen     uint64
 	reused  bool
-}
-
-var errHeaderTooLarge = errors.New("head of the answer is too large")
-
-// Read counts against the limit of an answer's head.
-func (c *conn) Read(b []byte) (int, error) {
-	if c.limit == 0 {
-		return 0, errHeaderTooLarge
-	}
-	if c.limit > 0 && int64(len(b)) > c.limit {
-		b = b[:c.limit]
-	}
-	n, err := c.Conn.Read(b)
-	if c.limit > 0 {
-		c.limit -= int64(n)
-	}
-	return n, err
 }
 
 // acquire gives an idle connection that is still alive, or a new one. Because
@@ -245,7 +228,7 @@ func (p *Pool) dial(deadline time.Time) (*conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &conn{Conn: nc, limit: -1}
+	c := &conn{Conn: nc}
 	if p.o.TLS != nil {
 		tc := tls.Client(nc, p.o.TLS)
 		if err := tc.HandshakeContext(ctx); err != nil {
@@ -257,7 +240,7 @@ func (p *Pool) dial(deadline time.Time) (*conn, error) {
 	if sc, ok := nc.(syscall.Conn); ok {
 		c.raw, _ = sc.SyscallConn()
 	}
-	c.br = bufio.NewReaderSize(c, 4<<10)
+	c.br = wire.NewReader(c.Conn)
 	p.mu.Lock()
 	c.gen = p.gen
 	p.mu.Unlock()
@@ -284,7 +267,6 @@ func (c *conn) alive() bool {
 
 // release takes a connection back for the next request.
 func (p *Pool) release(c *conn) {
-	c.limit = -1
 	c.idleAt = time.Now()
 	p.mu.Lock()
 	keep := !p.closed && c.gen == p.gen

@@ -22,6 +22,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/holdfast-io/holdfast/pkg/upstream"
+	"github.com/holdfast-io/holdfast/pkg/wire"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -346,7 +347,7 @@ func TestEarlyAnswer(t *testing.T) {
 				require.NoError(t, err)
 				resp, err := x.Answer(nil)
 				require.NoError(t, err)
-				require.Equal(t, 413, resp.StatusCode)
+				require.Equal(t, 413, resp.Status)
 				b, err := io.ReadAll(x)
 				require.NoError(t, err)
 				require.Equal(t, "big", string(b))
@@ -409,13 +410,13 @@ func TestFraming(t *testing.T) {
 			x, err := p.Begin(time.Now().Add(patience), c.method, 0, nil, head(c.method+" / HTTP/1.1", "Host: x"))
 			require.NoError(t, err)
 			var interim []int
-			resp, err := x.Answer(func(r *http.Response) { interim = append(interim, r.StatusCode) })
+			_, err = x.Answer(func(r *wire.Response) { interim = append(interim, r.Status) })
 			require.NoError(t, err)
 			b, err := io.ReadAll(x)
 			require.NoError(t, err)
 			require.Equal(t, c.body, string(b))
 			if name == "chunked" {
-				require.Equal(t, "b", resp.Trailer.Get("A"))
+				require.Equal(t, "b", x.Trailer().Get("A"))
 			}
 			if name == "interim" {
 				require.Equal(t, []int{100, 103}, interim)
