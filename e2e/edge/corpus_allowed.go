@@ -147,7 +147,7 @@ func Allowed() []Difference {
 	}, {
 		Parts: inRequest, What: "the UUID", Why: "the ingress gives every request one; a client's own is dropped",
 		Names: names("x-request-uuid"), May: func(p Pair, _ string, _, got []string) bool {
-			return len(got) == 1 && isUUIDv7(got[0]) && slices.Equal(p.GotAnswer.Fields.Values("X-Request-UUID"), got)
+			return len(got) == 1 && IsUUIDv7(got[0]) && slices.Equal(p.GotAnswer.Fields.Values("X-Request-UUID"), got)
 		},
 	}, {
 		Parts: []string{InRequest, InRequestTrailers, InAnswer, InAnswerTrailers}, What: "our own fields, from outside",
@@ -218,7 +218,8 @@ func answerFraming(p Pair, name string, direct, got []string) bool {
 	}
 }
 
-func isUUIDv7(s string) bool {
+// IsUUIDv7 reports whether s is a UUID such as the ingress makes them.
+func IsUUIDv7(s string) bool {
 	if len(s) != 36 || s[14] != '7' {
 		return false
 	}

@@ -118,20 +118,15 @@ func (a *API) Answer(r Reply) {
 	a.reply = r
 }
 
-// Arrivals are the requests that arrived whole, but for the first n, in the
-// order in which they ended; and those that broke off, or made no sense, all of
+// Take gives the requests that arrived whole since the last time, in the order
+// in which they ended, and those that broke off or made no sense; and forgets
 // them.
-func (a *API) Arrivals(n int) (whole, broken []Arrival) {
+func (a *API) Take() (whole, broken []Arrival) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return append([]Arrival(nil), a.arrivals[n:]...), append([]Arrival(nil), a.broken...)
-}
-
-// Forget drops what has been recorded.
-func (a *API) Forget() {
-	a.mu.Lock()
-	defer a.mu.Unlock()
+	whole, broken = a.arrivals, a.broken
 	a.arrivals, a.broken = nil, nil
+	return whole, broken
 }
 
 // Drain takes no new connection and waits until all those that there are have
