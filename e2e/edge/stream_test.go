@@ -1,15 +1,18 @@
 package edge_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 )
@@ -152,6 +155,59 @@ func TestStreams(t *testing.T) {
 			require.NoError(t, receive(t, ended))
 		})
 	}
+}
+
+// TestHalfChunk sends chunks in two halves, both ways. A chunk is no unit that
+// anybody may wait for.
+func TestHalfChunk(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = l.Close() }) // it is closed below
+	dial := func(addr string) (net.Conn, *bufio.Reader) {
+		t.Helper()
+		c, err := net.Dial("tcp", addr)
+		require.NoError(t, err)
+		require.NoError(t, c.SetDeadline(time.Now().Add(patience)))
+		t.Cleanup(func() { _ = c.Close() }) // the other side may have gone
+		return c, bufio.NewReader(c)
+	}
+	expect := func(r io.Reader, want string) {
+		t.Helper()
+		got := make([]byte, len(want))
+		n, err := io.ReadFull(r, got)
+		require.NoError(t, err, "%q", got[:n])
+		require.Equal(t, want, string(got))
+	}
+	write := func(c net.Conn, text string) {
+		t.Helper()
+		_, err := io.WriteString(c, text)
+		require.NoError(t, err)
+	}
+	client, clientReader := dial(startIngress(t, "http://"+l.Addr().String()))
+	write(client, "SEARCH / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\na\r\nhello")
+	api, err := l.Accept()
+	require.NoError(t, err)
+	defer api.Close()
+	require.NoError(t, l.Close())
+	require.NoError(t, api.SetDeadline(time.Now().Add(patience)))
+	r, err := http.ReadRequest(bufio.NewReader(api))
+	require.NoError(t, err)
+	expect(r.Body, "hello")
+	write(client, "world\r\n0\r\n\r\n")
+	expect(r.Body, "world")
+	_, err = r.Body.Read(make([]byte, 1))
+	require.ErrorIs(t, err, io.EOF)
+
+	write(api, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\na\r\nhello")
+	resp, err := http.ReadResponse(clientReader, nil)
+	require.NoError(t, err)
+	defer resp.Body.Close()
+	expect(resp.Body, "hello")
+	write(api, "world\r\n0\r\n\r\n")
+	expect(resp.Body, "world")
+	_, err = resp.Body.Read(make([]byte, 1))
+	require.ErrorIs(t, err, io.EOF)
 }
 
 // TestCutShort ends answers before they are whole. The client can tell.
