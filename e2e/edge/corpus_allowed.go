@@ -26,7 +26,7 @@ const (
 	InAnswerTrailers  = "answer trailers"
 )
 
-// Difference is one that there may be between what one side sent and what the
+// Difference is one that there must be, or may be, between what one side sent and what the
 // other side got through the ingress. Fields that no Difference names have the
 // same spelling, values and order on both sides.
 type Difference struct {
@@ -37,8 +37,14 @@ type Difference struct {
 	// Names reports whether the difference may be in a field of this name, which
 	// is in lower case.
 	Names func(p Pair, name string) bool
-	// May reports whether these may be the values of the field on the two sides.
-	May func(p Pair, name string, direct, got []string) bool
+	// Right reports whether these are the values of the field on the two sides
+	// that there should be.
+	Right func(p Pair, name string, direct, got []string) bool
+	// Optional allows the same values on both sides, too. Otherwise one of the
+	// differences that name the field must be right.
+	Optional bool
+	// Always are names to which this applies where neither side has the field.
+	Always []string
 	// Moves allows a field with the same values at another place.
 	Moves bool
 }
@@ -73,48 +79,48 @@ var (
 func Allowed() []Difference {
 	return []Difference{{
 		Parts: inHeads, What: "hop-by-hop fields", Why: "they are meant for the ingress (RFC 9110 section 7.6.1)",
-		Names: func(_ Pair, name string) bool { return slices.Contains(hops, meant(name)) }, May: removed,
+		Names: func(_ Pair, name string) bool { return slices.Contains(hops, meant(name)) }, Right: removed,
 	}, {
-		Parts: inAnswer, What: "Connection of its own", Why: "the ingress says what becomes of its own connection",
-		Names: names("connection", "keep-alive"), May: func(_ Pair, _ string, _, got []string) bool {
+		Parts: inAnswer, Optional: true, What: "Connection of its own", Why: "the ingress says what becomes of its own connection",
+		Names: names("connection", "keep-alive"), Right: func(_ Pair, _ string, _, got []string) bool {
 			return len(got) == 1 && (strings.EqualFold(got[0], "close") || strings.EqualFold(got[0], "keep-alive"))
 		},
 	}, {
-		Parts: inRequest, What: "TE: trailers", Why: "the ingress takes trailers, and asks for them where the client does",
-		Names: names("te", "connection"), May: func(p Pair, name string, _, got []string) bool {
+		Parts: inRequest, Optional: true, What: "TE: trailers", Why: "the ingress takes trailers, and asks for them where the client does",
+		Names: names("te", "connection"), Right: func(p Pair, name string, _, got []string) bool {
 			return p.Direct.Fields.Has("TE", "trailers") && slices.Equal(got, map[string][]string{"te": {"trailers"}, "connection": {"TE"}}[name])
 		},
 	}, {
 		Parts: inRequest, What: "fields that Connection names", Why: "so it is what the client asks for",
-		Names: func(p Pair, name string) bool { return nominated(p.Direct.Fields, name) && name != "host" }, May: removed,
+		Names: func(p Pair, name string) bool { return nominated(p.Direct.Fields, name) && name != "host" }, Right: removed,
 	}, {
 		Parts: inAnswer, What: "fields that Connection names", Why: "so it is what the API asks for",
-		Names: func(p Pair, name string) bool { return nominated(p.DirectAnswer.Fields, name) }, May: removed,
+		Names: func(p Pair, name string) bool { return nominated(p.DirectAnswer.Fields, name) }, Right: removed,
 	}, {
 		Parts: inRequest, What: "framing", Why: "captured bodies have been read whole; streamed ones keep theirs, in chunks of other sizes",
-		Names: names(framing...), May: requestFraming, Moves: true,
+		Names: names(framing...), Right: requestFraming, Moves: true,
 	}, {
 		Parts: inAnswer, What: "framing", Why: "it belongs to the connection; short answers in chunks may get a length",
-		Names: names(framing...), May: answerFraming, Moves: true,
+		Names: names(framing...), Right: answerFraming, Moves: true,
 	}, {
 		Parts: inRequest, What: "Expect", Why: "the ingress answers it itself, when it is ready for the body",
-		Names: names("expect"), May: removed,
+		Names: names("expect"), Right: removed,
 	}, {
-		Parts: inRequest, What: "no Host", Why: "where the client names none it is the API's",
-		Names: names("host"), May: func(p Pair, _ string, direct, got []string) bool {
+		Parts: inRequest, Optional: true, What: "no Host", Why: "where the client names none it is the API's",
+		Names: names("host"), Right: func(p Pair, _ string, direct, got []string) bool {
 			return strings.Join(direct, "") == "" && len(got) == 1 && got[0] != ""
 		},
 	}, {
-		Parts: inRequest, What: "Host's place and spelling", Why: "it comes first, as RFC 9110 section 7.2 recommends",
-		Names: names("host"), May: func(_ Pair, _ string, direct, got []string) bool { return slices.Equal(direct, got) }, Moves: true,
+		Parts: inRequest, Optional: true, What: "Host's place and spelling", Why: "it comes first, as RFC 9110 section 7.2 recommends",
+		Names: names("host"), Right: func(_ Pair, _ string, direct, got []string) bool { return slices.Equal(direct, got) }, Moves: true,
 	}, {
 		Parts: inRequest, What: "Content_Length, Transfer_Encoding", Why: "CGI-like servers take _ for -, and would believe them",
 		Names: func(_ Pair, name string) bool {
 			return strings.Contains(name, "_") && slices.Contains(framing, meant(name))
-		}, May: removed,
+		}, Right: removed,
 	}, {
-		Parts: inRequest, What: "Via", Why: "a gateway adds itself (RFC 9110 section 7.6.3)",
-		Names: names("via"), May: func(p Pair, _ string, direct, got []string) bool {
+		Parts: inRequest, Always: []string{"via"}, What: "Via", Why: "a gateway adds itself (RFC 9110 section 7.6.3)",
+		Names: names("via"), Right: func(p Pair, _ string, direct, got []string) bool {
 			version := strings.TrimPrefix(p.Direct.Version, "HTTP/")
 			if nominated(p.Direct.Fields, "via") {
 				direct = nil
@@ -122,17 +128,19 @@ func Allowed() []Difference {
 			return appended(direct, got, "1.1 holdfast") || appended(direct, got, version+" holdfast")
 		},
 	}, {
-		Parts: inAnswer, What: "Via", Why: "a gateway adds itself",
-		Names: names("via"), May: func(p Pair, _ string, direct, got []string) bool {
+		Parts: inAnswer, Always: []string{"via"}, What: "Via", Why: "a gateway adds itself",
+		Names: names("via"), Right: func(p Pair, _ string, direct, got []string) bool {
 			version := strings.TrimPrefix(p.DirectAnswer.Version, "HTTP/")
 			return appended(direct, got, "1.1 holdfast") || appended(direct, got, version+" holdfast")
 		},
 	}, {
-		Parts: inRequest, What: "X-Forwarded-For, -Host, -Proto", Why: "the ingress says who the client is; a stranger's word for it is dropped",
-		Names: names(forwarding...), May: func(p Pair, name string, _, got []string) bool {
+		Parts: inRequest, Always: forwarding, What: "X-Forwarded-For, -Host, -Proto", Why: "the ingress says who the client is; a stranger's word for it is dropped",
+		Names: names(forwarding...), Right: func(p Pair, name string, _, got []string) bool {
 			want := map[string]string{"x-forwarded-for": "127.0.0.1", "x-forwarded-proto": "http"}
 			if host := p.Direct.Fields.Values("Host"); len(host) == 1 {
 				want["x-forwarded-host"] = host[0]
+			} else if strings.Contains(p.Direct.Target, "://") {
+				want["x-forwarded-host"] = Authority
 			}
 			if want[name] == "" {
 				return len(got) == 0 || len(got) == 1 && got[0] == ""
@@ -143,32 +151,44 @@ func Allowed() []Difference {
 		Parts: inRequest, What: "Forwarded, X-Forwarded-Port, X-Real-IP", Why: "as above, and the ingress has nothing to say in them",
 		Names: func(_ Pair, name string) bool {
 			return slices.Contains([]string{"forwarded", "x-forwarded-port", "x-real-ip"}, meant(name))
-		}, May: removed,
+		}, Right: removed,
 	}, {
-		Parts: inRequest, What: "the UUID", Why: "the ingress gives every request one; a client's own is dropped",
-		Names: names("x-request-uuid"), May: func(p Pair, _ string, _, got []string) bool {
+		Parts: inRequest, Always: []string{"x-request-uuid"}, What: "the UUID", Why: "the ingress gives every request one; a client's own is dropped",
+		Names: names("x-request-uuid"), Right: func(p Pair, _ string, _, got []string) bool {
 			return len(got) == 1 && IsUUIDv7(got[0]) && slices.Equal(p.GotAnswer.Fields.Values("X-Request-UUID"), got)
 		},
 	}, {
-		Parts: []string{InRequest, InRequestTrailers, InAnswer, InAnswerTrailers}, What: "our own fields, from outside",
-		Why:   "only the ingress may set them; CGI-like servers take _ for -",
-		Names: func(_ Pair, name string) bool { return slices.Contains(ours, meant(name)) }, May: removed,
+		Parts: inRequest, What: "our own fields, from outside", Why: "only the ingress may set them; CGI-like servers take _ for -",
+		Names: func(_ Pair, name string) bool { return slices.Contains(ours, meant(name)) && name != "x-request-uuid" }, Right: removed,
 	}, {
-		Parts: inAnswer, What: "the UUID", Why: "the client may ask for what became of the request",
-		Names: names("x-request-uuid"), May: func(p Pair, _ string, _, got []string) bool {
+		Parts: inAnswer, What: "our own fields, from the API", Why: "only the ingress may set them",
+		Names: func(_ Pair, name string) bool {
+			return slices.Contains(ours, meant(name)) && name != "x-request-uuid" && name != "x-request-stored"
+		}, Right: removed,
+	}, {
+		Parts: []string{InRequestTrailers, InAnswerTrailers}, What: "our own fields, in trailers", Why: "nobody sets them there",
+		Names: func(_ Pair, name string) bool { return slices.Contains(ours, meant(name)) }, Right: removed,
+	}, {
+		Parts: inAnswer, Always: []string{"x-request-uuid"}, What: "the UUID", Why: "the client may ask for what became of the request",
+		Names: names("x-request-uuid"), Right: func(p Pair, _ string, _, got []string) bool {
 			return len(got) == 1 && slices.Equal(p.Got.Fields.Values("X-Request-UUID"), got)
 		},
 	}, {
-		Parts: inAnswer, What: "X-Request-Stored", Why: "the client is told that a captured request is stored",
-		Names: names("x-request-stored"), May: func(p Pair, _ string, _, got []string) bool {
-			return p.captured() && len(got) == 1 && got[0] == "synced"
+		Parts: inAnswer, Always: []string{"x-request-stored"}, What: "X-Request-Stored", Why: "the client is told that a captured request is stored",
+		Names: names("x-request-stored"), Right: func(p Pair, _ string, _, got []string) bool {
+			if !p.captured() {
+				return len(got) == 0
+			}
+			return len(got) == 1 && got[0] == "synced"
 		},
 	}, {
-		Parts: inAnswer, What: "Date", Why: "a gateway adds one where there is none (RFC 9110 section 6.6.1)",
-		Names: names("date"), May: func(_ Pair, _ string, direct, got []string) bool { return len(direct) == 0 && len(got) == 1 },
+		Parts: inAnswer, Always: []string{"date"}, What: "Date", Why: "a gateway adds one where there is none (RFC 9110 section 6.6.1)",
+		Names: names("date"), Right: func(_ Pair, _ string, direct, got []string) bool {
+			return len(got) == 1 && (len(direct) == 0 || slices.Equal(direct, got))
+		},
 	}, {
 		Parts: []string{InRequestTrailers, InAnswerTrailers}, What: "framing and routing in trailers", Why: "nobody may believe them there (RFC 9110 section 6.5.1)",
-		Names: names("content-length", "transfer-encoding", "host"), May: removed,
+		Names: names("content-length", "transfer-encoding", "host"), Right: removed,
 	}}
 }
 

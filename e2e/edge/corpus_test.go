@@ -406,24 +406,41 @@ func without(f edge.Fields, name string) edge.Fields {
 func (x *exchange) fields(p edge.Pair, part string, direct, got edge.Fields) {
 	t := x.t
 	var names []string
-	for _, f := range append(slices.Clone(direct), got...) {
-		if name := strings.ToLower(f.Name); !slices.Contains(names, name) {
+	add := func(name string) {
+		if !slices.Contains(names, name) {
 			names = append(names, name)
+		}
+	}
+	for _, f := range append(slices.Clone(direct), got...) {
+		add(strings.ToLower(f.Name))
+	}
+	for _, a := range edge.Allowed() {
+		if slices.Contains(a.Parts, part) {
+			for _, name := range a.Always {
+				add(name)
+			}
 		}
 	}
 	for _, name := range names {
 		d, g := direct.Values(name), got.Values(name)
-		same := slices.Equal(d, g)
+		wrong := ""
 		for _, a := range edge.Allowed() {
-			if !slices.Contains(a.Parts, part) || !a.Names(p, name) || same && !a.Moves || !a.May(p, name, d, g) {
+			if !slices.Contains(a.Parts, part) || !a.Names(p, name) {
 				continue
 			}
-			if !same || a.Moves {
-				x.used[a.Key()] = true
+			if a.Right(p, name, d, g) {
+				if !slices.Equal(d, g) || a.Moves {
+					x.used[a.Key()] = true
+					direct, got = without(direct, name), without(got, name)
+				}
+				wrong = ""
+				break
 			}
-			direct, got = without(direct, name), without(got, name)
-			break
+			if !a.Optional {
+				wrong = a.Key()
+			}
 		}
+		require.Empty(t, wrong, "%s: %s must not be %q where it is %q directly", part, name, g, d)
 	}
 	require.Equal(t, text(direct), text(got), "%s: fields that must not differ", part)
 }
@@ -444,6 +461,8 @@ func originForm(a edge.Arrival) string {
 	}
 	i := strings.IndexAny(rest, "/?")
 	switch {
+	case i < 0 && a.Method == "OPTIONS":
+		return "*"
 	case i < 0:
 		return "/"
 	case rest[i] == '?':
