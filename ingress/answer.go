@@ -74,8 +74,14 @@ func (t *transaction) announced(resp *wire.Response) int64 {
 }
 
 // readFirst reads the first part of the answer's body. The error is io.EOF
-// when that was all.
+// when that was all. What is not captured has no outcome to wait for: its head
+// goes out alone when nothing follows it at once, so that a client sees a stream
+// open. A captured one holds it back, and may still answer for an API that fails
+// after its head.
 func (t *transaction) readFirst(api *upstream.Exchange, resp *wire.Response) ([]byte, error) {
+	if !t.captured && api.Waiting() {
+		return nil, nil
+	}
 	buf := t.b.answer
 	n, err := 0, error(nil)
 	for err == nil && n < len(buf) {

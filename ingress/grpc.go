@@ -53,7 +53,8 @@ func (t *transaction) proxyGRPC() {
 				p.Out.Host = t.rt.Upstream.Host
 			}
 			for name := range p.Out.Header {
-				if f := (wire.Field{Name: name}); capture.IsOwnHTTPHeader(name) || f.Meaning() != wire.KindOf(name) {
+				f := wire.Field{Name: name, Kind: wire.KindOf(name)}
+				if capture.IsOwnHTTPHeader(name) || f.Meaning() != f.Kind {
 					p.Out.Header.Del(name)
 				}
 			}

@@ -262,6 +262,12 @@ var dropped = []string{
 	"Content-Length", "Expect",
 }
 
+// isChunked reports whether the body was captured in the chunked coding, which
+// alone has a place for the trailer section that it had.
+func isChunked(name string, value []byte) bool {
+	return strings.EqualFold(name, "Transfer-Encoding") && strings.EqualFold(strings.Trim(string(value), ": \t"), "chunked")
+}
+
 // head gives the captured head as it is sent: the request line and the header
 // fields byte for byte and in their order, but for those that the route
 // replaces, then those, then what every replay adds.
@@ -269,7 +275,7 @@ func (u *Upstream) head(head []byte, c ledger.Candidate, a capture.Attempt) []by
 	out := make([]byte, 0, len(head)+256)
 	line, rest, _ := bytes.Cut(head, []byte("\r\n"))
 	out = append(append(out, line...), "\r\n"...)
-	framed := c.Size > 0
+	framed, chunked := c.Size > 0, false
 	for len(rest) > 0 {
 		line, rest, _ = bytes.Cut(rest, []byte("\r\n"))
 		if len(line) == 0 {
@@ -281,6 +287,8 @@ func (u *Upstream) head(head []byte, c ledger.Candidate, a capture.Attempt) []by
 		case strings.EqualFold(name, "Content-Length"):
 			framed = true
 			continue
+		case isChunked(name, line[colon:]):
+			chunked = true
 		case capture.IsOwnHTTPHeader(name) || isDropped(name) || u.sets(name):
 			continue
 		case u.host != "" && strings.EqualFold(name, "Host"):
@@ -297,7 +305,7 @@ func (u *Upstream) head(head []byte, c ledger.Candidate, a capture.Attempt) []by
 	for _, h := range u.set {
 		add(h.name, h.value)
 	}
-	if framed {
+	if framed && !chunked {
 		add("Content-Length", strconv.FormatInt(c.Size, 10))
 	}
 	add(capture.HTTPHeaderID, c.ID.String())

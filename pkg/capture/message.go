@@ -69,9 +69,13 @@ type Request struct {
 	OrderKey   string // empty: no order asked for
 
 	// Head is the request's head as HTTP/1.1: request line with the target in
-	// origin form, header fields with an explicit Content-Length, empty line.
+	// origin form, header fields, empty line. Framing is that of Body: Content-Length,
+	// or none for a request without body that had none; or Transfer-Encoding:
+	// chunked for a request with a trailer section.
 	Head []byte
-	// Body is the whole body, or nil when it travels as Chunks.
+	// Body is the whole body as it follows the head, or nil when it travels as
+	// Chunks. With Transfer-Encoding: chunked it is in that coding, trailer section
+	// included.
 	Body []byte
 	// Size is the body's length in bytes, in both cases.
 	Size int64

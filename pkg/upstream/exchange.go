@@ -255,6 +255,10 @@ func (x *Exchange) Read(b []byte) (int, error) {
 	}
 }
 
+// Waiting reports whether nothing of the body has come yet that could be read
+// without a wait.
+func (x *Exchange) Waiting() bool { return !x.body.Done() && len(x.c.br.Buffered()) == 0 }
+
 // Trailer gives the fields after the body, once Read has given io.EOF.
 func (x *Exchange) Trailer() wire.Fields { return x.body.Trailer }
 

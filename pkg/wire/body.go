@@ -115,6 +115,9 @@ const (
 func (b *Body) chunked(p []byte) (n int, err error) {
 	for n < len(p) {
 		if b.place == inChunk {
+			if n > 0 && len(b.r.Buffered()) == 0 {
+				return n, nil
+			}
 			m, err := b.counted(p[n:])
 			n += m
 			if b.left == 0 {

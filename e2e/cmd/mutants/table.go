@@ -43,50 +43,49 @@ var mutants = []mutant{
 	{
 		name: "outcome-after-the-last-byte", breaks: "kill -9 after the answer makes a repeat",
 		file: "ingress/answer.go",
-		old:  "\t\tif errors.Is(err, io.EOF) {\n\t\t\tt.outcome(resp.StatusCode, verdict, \"\")\n\t\t\tdecided = true\n\t\t\twrite(pending)\n\t\t\twrite(next[:n])\n\t\t\tt.writeTrailer(resp)\n",
-		new:  "\t\tif errors.Is(err, io.EOF) {\n\t\t\twrite(pending)\n\t\t\twrite(next[:n])\n\t\t\tif resp.ContentLength < 0 {\n\t\t\t\t_, _ = io.WriteString(t.w, \"\")\n\t\t\t}\n\t\t\t_ = control.Flush()\n\t\t\ttime.Sleep(20 * time.Millisecond)\n\t\t\tt.outcome(resp.StatusCode, verdict, \"\")\n\t\t\tdecided = true\n\t\t\tt.writeTrailer(resp)\n",
+		old:  "\t\t\tt.outcome(resp.Status, verdict, \"\")\n\t\t\tt.x.WriteLimit(time.Time{})\n\t\t\t_ = t.x.Write(part)\n\t\t\t_ = t.x.End(trailerFields(api.Trailer()))\n",
+		new:  "\t\t\tt.x.WriteLimit(time.Time{})\n\t\t\t_ = t.x.Write(part)\n\t\t\t_ = t.x.End(trailerFields(api.Trailer()))\n\t\t\ttime.Sleep(20 * time.Millisecond)\n\t\t\tt.outcome(resp.Status, verdict, \"\")\n",
 		pkg:  "ingress", test: "TestOutcomeBeforeTheLastByte",
 	},
 	{
 		name: "outcome-after-a-short-answer", breaks: "kill -9 after the answer makes a repeat",
 		file: "ingress/answer.go",
 		old: `		// The whole answer is here, and nothing has gone out yet.
-		t.outcome(resp.StatusCode, verdict, "")
+		t.outcome(resp.Status, verdict, "")
 `,
 		new: `		defer func() {
-			_ = http.NewResponseController(t.w).Flush()
 			time.Sleep(20 * time.Millisecond)
-			t.outcome(resp.StatusCode, verdict, "")
+			t.outcome(resp.Status, verdict, "")
 		}()
 `,
 		pkg: "ingress", test: "TestOutcomeBeforeTheLastByte",
 	},
 	{
 		name: "client-cancels-upstream", breaks: "a client that leaves takes its captured request with it",
-		file: "ingress/handler.go",
-		old:  "\t\tresp, err = x.Answer(nil)\n\t\tt.answered = err == nil\n",
-		new:  "\t\tover := make(chan struct{})\n\t\tdefer close(over)\n\t\tgo func() {\n\t\t\tselect {\n\t\t\tcase <-t.r.Context().Done():\n\t\t\t\t_ = x.Extend(time.Now())\n\t\t\tcase <-over:\n\t\t\t}\n\t\t}()\n\t\tresp, err = x.Answer(nil)\n\t\tt.answered = err == nil\n",
-		pkg:  "ingress", test: "TestClientLeavesEarly",
+		file: "ingress/answer.go",
+		old:  "\t\tif gone && !t.captured {\n",
+		new:  "\t\tif gone {\n",
+		pkg:  "ingress", test: "TestClientThatIsTooSlow",
 	},
 	{
 		name: "gateway-retries-502", breaks: "the API gets a request twice from one try",
 		file: "ingress/handler.go",
-		old:  "\t\tresp, err = x.Answer(nil)\n\t\tt.answered = err == nil\n",
-		new:  "\t\tif resp, err = x.Answer(nil); err != nil {\n\t\t\tif again, err2 := t.rt.pool.Begin(time.Now().Add(t.rt.policy.Timeout), t.r.Method, 0, t.b.body, t.headForAPI()...); err2 == nil {\n\t\t\t\tdefer again.Close()\n\t\t\t\tx = again\n\t\t\t\tresp, err = x.Answer(nil)\n\t\t\t}\n\t\t}\n\t\tt.answered = err == nil\n",
+		old:  "\t\tresp, err = api.Answer(t.passInterim)\n\t\tt.answered = err == nil\n",
+		new:  "\t\tif resp, err = api.Answer(t.passInterim); err != nil {\n\t\t\tif again, err2 := t.rt.pool.Begin(time.Now().Add(t.rt.Policy.Timeout), t.x.Request.Method, 0, t.b.body, t.headForAPI()...); err2 == nil {\n\t\t\t\tdefer again.Close()\n\t\t\t\tapi = again\n\t\t\t\tresp, err = api.Answer(nil)\n\t\t\t}\n\t\t}\n\t\tt.answered = err == nil\n",
 		pkg:  "ingress", test: "TestAPIResetsOrCutsItsAnswer",
 	},
 	{
 		name: "cut-answer-counts-as-whole", breaks: "an answer that was cut short counts as processed",
 		file: "ingress/answer.go",
-		old:  "\t\t\tt.outcome(resp.StatusCode, capture.Failed, clip(err.Error()))\n\t\t\twrite(pending)\n",
-		new:  "\t\t\tt.outcome(resp.StatusCode, verdict, clip(err.Error()))\n\t\t\twrite(pending)\n",
+		old:  "\t\t\tt.outcome(resp.Status, capture.Failed, clip(err.Error()))\n\t\t\t_ = t.x.Write(part)\n",
+		new:  "\t\t\tt.outcome(resp.Status, verdict, clip(err.Error()))\n\t\t\t_ = t.x.Write(part)\n",
 		pkg:  "ingress", test: "TestAPIResetsOrCutsItsAnswer",
 	},
 	{
 		name: "forwarded-though-not-stored", breaks: "the API works on a request that nobody has stored",
 		file: "ingress/handler.go",
-		old:  "\tif t.rt.mode == captureBestEffort {\n\t\treturn true\n\t}\n\tt.h.log.Debug(",
-		new:  "\tif t.rt.mode != captureOff {\n\t\treturn true\n\t}\n\tt.h.log.Debug(",
+		old:  "\tif t.rt.Mode == route.BestEffort {\n\t\treturn true\n\t}\n\tt.h.log.Debug(",
+		new:  "\tif t.rt.Mode != route.Off {\n\t\treturn true\n\t}\n\tt.h.log.Debug(",
 		pkg:  "ingress", test: "TestNoRoomForALargeBody",
 	},
 	// The ingress: spool and streams.

@@ -10,6 +10,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -147,6 +148,10 @@ func (st *stream) request() *wire.SyntaxError {
 	switch {
 	case count > st.s.o.HeadFields:
 		return &wire.SyntaxError{Status: 431, Reason: "the head has more fields than are allowed"}
+	case r.Header["Host"] != nil && !strings.EqualFold(r.Header.Get("Host"), r.Host):
+		return &wire.SyntaxError{Status: 400, Reason: "the Host field names another host than :authority"}
+	case !sameLength(r.Header["Content-Length"], r.ContentLength):
+		return &wire.SyntaxError{Status: 400, Reason: "the Content-Length is not one number, or not that of the body"}
 	case r.Method == http.MethodConnect:
 		return &wire.SyntaxError{Status: 400, Reason: "this is no tunnel: CONNECT is not taken"}
 	}
@@ -156,6 +161,11 @@ func (st *stream) request() *wire.SyntaxError {
 		return syntax
 	}
 	return nil
+}
+
+// sameLength reports whether the field says what net/http has understood.
+func sameLength(field []string, length int64) bool {
+	return len(field) == 0 || len(field) == 1 && field[0] == strconv.FormatInt(length, 10)
 }
 
 func (st *stream) read(p []byte) (int, error) {
