@@ -3,6 +3,7 @@ package ingress
 import (
 	"errors"
 	"io"
+	"sync/atomic"
 	"time"
 
 	"github.com/holdfast-io/holdfast/ingress/internal/edge"
@@ -106,8 +107,11 @@ func (t *transaction) stream(api *upstream.Exchange, resp *wire.Response, part [
 	// is over: a request without one would be sent again while this one is answered.
 	patience := deadline.Add(t.rt.Policy.Grace / 2)
 	latest := patience.Add(t.rt.Policy.Grace / 4)
+	var left atomic.Bool // the client did, and nobody needs the rest
 	if t.captured {
 		t.x.WriteLimit(patience)
+	} else {
+		defer t.x.Watch(func() { left.Store(true); api.Interrupt() })()
 	}
 	gone := false
 	for {
@@ -121,11 +125,6 @@ func (t *transaction) stream(api *upstream.Exchange, resp *wire.Response, part [
 			// failed.
 			deadline = deadline.Add(now.Sub(begun))
 		}
-		if gone && !t.captured {
-			t.errText = "the client left"
-			t.x.Abort()
-			return
-		}
 		switch {
 		case !t.captured:
 			// Nobody waits for a verdict: a stream may go on for as long as it moves.
@@ -134,6 +133,11 @@ func (t *transaction) stream(api *upstream.Exchange, resp *wire.Response, part [
 			deadline = latest
 		}
 		_ = api.Extend(deadline) // a failure shows in the next read
+		if !t.captured && (gone || left.Load()) {
+			t.errText = "the client left"
+			t.x.Abort()
+			return
+		}
 		n, err := api.Read(t.b.answer)
 		now = time.Now()
 		part = t.b.answer[:n]
@@ -146,7 +150,9 @@ func (t *transaction) stream(api *upstream.Exchange, resp *wire.Response, part [
 			_ = t.x.End(trailerFields(api.Trailer()))
 			return
 		default:
-			t.errText = err.Error()
+			if t.errText = err.Error(); left.Load() {
+				t.errText = "the client left"
+			}
 			t.outcome(resp.Status, capture.Failed, clip(err.Error()))
 			_ = t.x.Write(part)
 			_ = t.x.Flush()

@@ -47,6 +47,7 @@ type peer interface {
 	flush() error
 	end(trailer wire.Fields) error
 	limit(deadline time.Time)
+	watch(left func()) (stop func())
 }
 
 // Read reads the body. It gives io.EOF only when the body has come whole, and
@@ -97,6 +98,12 @@ func (x *Exchange) End(trailer wire.Fields) error {
 	x.ended = true
 	return x.peer.end(trailer)
 }
+
+// Watch calls left, at most once and from another goroutine, when the client
+// closes its connection or resets its stream before stop is called. stop waits
+// for a call that is under way. The body must have been read; without that, or
+// when the client has sent its next request already, nothing is watched.
+func (x *Exchange) Watch(left func()) (stop func()) { return x.peer.watch(left) }
 
 // Abort resets the connection, or the stream, after the handler has returned.
 // The client sees that it has no answer, or no whole one.

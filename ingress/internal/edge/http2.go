@@ -1,6 +1,7 @@
 package edge
 
 import (
+	"context"
 	"crypto/tls"
 	"errors"
 	"io"
@@ -244,6 +245,16 @@ func (st *stream) deadline() {
 		deadline = st.until
 	}
 	_ = st.control.SetWriteDeadline(deadline) // what fails, fails in the write
+}
+
+func (st *stream) watch(left func()) (stop func()) {
+	done := make(chan struct{})
+	off := context.AfterFunc(st.r.Context(), func() { defer close(done); left() })
+	return func() {
+		if !off() {
+			<-done
+		}
+	}
 }
 
 func (st *stream) limit(deadline time.Time) { st.until = deadline }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -256,6 +257,37 @@ func (s *session) setWriteDeadline() {
 		deadline = s.until
 	}
 	_ = s.c.nc.SetWriteDeadline(deadline) // a closed connection fails in the write
+}
+
+// watch waits for the end of the connection by reading from it. A byte that comes
+// instead is the next request's, and is kept for it.
+func (s *session) watch(left func()) (stop func()) {
+	if !s.b.Done() || len(s.r.Buffered()) > 0 || s.c.readDeadline(time.Time{}) != nil {
+		return func() {}
+	}
+	var next [1]byte
+	n := 0
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		var err error
+		if n, err = s.c.nc.Read(next[:]); n == 0 && !errors.Is(err, os.ErrDeadlineExceeded) {
+			left()
+		}
+	}()
+	return func() {
+		_ = s.c.readDeadline(time.Unix(1, 0)) // ends the read; a closed connection has ended it
+		<-done
+		if n == 0 {
+			return
+		}
+		buf := s.r.Take()
+		if len(buf) == 0 {
+			buf = make([]byte, wire.BufferBytes)
+		}
+		buf[0] = next[0]
+		s.r.Fill(buf, n)
+	}
 }
 
 func (s *session) limit(deadline time.Time) { s.until = deadline }
