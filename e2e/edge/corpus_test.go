@@ -22,10 +22,10 @@ import (
 )
 
 // answerWait bounds the wait for a single answer: what is not there by then is
-// missing. Only failures wait for so long, and nginx for what it takes for half
-// a request. Where nearly everything fails the rest is not tried.
+// missing. Only failures wait for so long. Where nearly everything fails the rest
+// is not tried.
 const (
-	answerWait = 2 * time.Second
+	answerWait = 10 * time.Second
 	laneWait   = 60 * time.Second
 )
 
@@ -176,7 +176,11 @@ func (l *lane) exchange(c edge.Case, w wanted) (o outcome) {
 		}
 		return true
 	}
-	for !l.ours || len(o.finals) < len(w.finals) || w.end == "close" {
+	// An answer without the word closes the connection of an HTTP/1.0 client only.
+	closing := func() bool {
+		return w.end == "close" && (len(o.finals) == 0 || o.finals[len(o.finals)-1].Fields.Has("Connection", "close"))
+	}
+	for !l.ours || len(o.finals) < len(w.finals) || closing() {
 		if !next() {
 			return o
 		}

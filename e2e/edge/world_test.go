@@ -117,7 +117,7 @@ http {
   access_log off; client_body_temp_path %[1]s/body; proxy_temp_path %[1]s/proxy;
   fastcgi_temp_path %[1]s/f; uwsgi_temp_path %[1]s/u; scgi_temp_path %[1]s/s;
   large_client_header_buffers 8 64k; client_max_body_size 32m;
-  client_body_buffer_size 2m; proxy_max_temp_file_size 0;
+  client_body_timeout 2s; client_body_buffer_size 2m; proxy_max_temp_file_size 0;
   upstream api { server %[4]s; keepalive 16; }
   server { listen %[3]s; location / { return 200; } }
   server {
@@ -125,7 +125,7 @@ http {
     location / {
       proxy_pass http://api; proxy_http_version 1.1;
       proxy_set_header Connection ""; proxy_set_header Host $http_host;
-      proxy_next_upstream off; proxy_ignore_client_abort on; lingering_close off; proxy_read_timeout 300ms;
+      proxy_next_upstream off; proxy_ignore_client_abort on; lingering_close off; proxy_read_timeout 1s;
     }
   }
 }`, dir, addr, ops, apiAddr)
