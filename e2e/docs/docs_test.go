@@ -48,10 +48,10 @@ func TestEachGuaranteeHasItsTest(t *testing.T) {
 // TestEachMetricIsThere: metrics that a page names are those of the code.
 func TestEachMetricIsThere(t *testing.T) {
 	var code strings.Builder
-	for _, dir := range []string{"ingress", "recorder", "acker", "pkg/stream", "pkg/service"} {
+	for _, dir := range []string{"ingress", "ingress/internal/edge", "recorder", "acker", "pkg/stream", "pkg/service"} {
 		code.WriteString(source(t, filepath.Join(root, dir)))
 	}
-	for _, page := range []string{"docs/operations.md", "docs/guarantees.md", "README.md"} {
+	for _, page := range []string{"docs/operations.md", "docs/guarantees.md", "docs/edge.md", "README.md"} {
 		b, err := os.ReadFile(filepath.Join(root, page))
 		require.NoError(t, err)
 		for _, name := range regexp.MustCompile(`holdfast_[a-z_]+`).FindAllString(string(b), -1) {
