@@ -18,7 +18,7 @@ type Fields []Field
 // name does not matter.
 func (fs Fields) Get(name string) string {
 	for i := range fs {
-		if len(fs[i].Name) == len(name) && strings.EqualFold(fs[i].Name, name) {
+		if Equal(fs[i].Name, name) {
 			return fs[i].Value
 		}
 	}
@@ -28,7 +28,7 @@ func (fs Fields) Get(name string) string {
 // Has reports whether there is such a field.
 func (fs Fields) Has(name string) bool {
 	for i := range fs {
-		if len(fs[i].Name) == len(name) && strings.EqualFold(fs[i].Name, name) {
+		if Equal(fs[i].Name, name) {
 			return true
 		}
 	}
@@ -39,7 +39,7 @@ func (fs Fields) Has(name string) bool {
 func (fs Fields) Values(name string) []string {
 	var values []string
 	for i := range fs {
-		if len(fs[i].Name) == len(name) && strings.EqualFold(fs[i].Name, name) {
+		if Equal(fs[i].Name, name) {
 			values = append(values, fs[i].Value)
 		}
 	}
@@ -152,6 +152,11 @@ func (f *Field) Meaning() Kind {
 	return KindOf(strings.ReplaceAll(f.Name, "_", "-"))
 }
 
+// Equal reports whether two names or tokens are the same but for the case of
+// their ASCII letters. Other letters fold into ASCII ones, a Kelvin sign into a k;
+// in UTF-8 they are longer.
+func Equal(a, b string) bool { return len(a) == len(b) && strings.EqualFold(a, b) }
+
 // tokens calls each for the elements of a comma-separated list.
 func tokens(list string, each func(string)) {
 	for token := range strings.SplitSeq(list, ",") {
@@ -165,7 +170,7 @@ func tokens(list string, each func(string)) {
 // case.
 func HasToken(list, token string) bool {
 	found := false
-	tokens(list, func(t string) { found = found || strings.EqualFold(t, token) })
+	tokens(list, func(t string) { found = found || Equal(t, token) })
 	return found
 }
 

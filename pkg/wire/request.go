@@ -92,6 +92,50 @@ func (req *Request) parseLine(line string) error {
 // maxHost is more than a host and a port have (RFC 1035 section 2.3.4).
 const maxHost = 256 + len(":65535")
 
+// validHost reports whether s is a host with an optional port (RFC 3986 section
+// 3.2.2): a name, an IPv4 address, or an IPv6 one in brackets.
+func validHost(s string) bool {
+	if len(s) > maxHost {
+		return false
+	}
+	host, port := s, ""
+	if strings.HasPrefix(s, "[") {
+		end := strings.IndexByte(s, ']')
+		if end < 0 {
+			return false
+		}
+		if host, port = s[1:end], s[end+1:]; !only(host, hostByte) || !strings.Contains(host, ":") {
+			return false
+		}
+	} else {
+		if i := strings.IndexByte(s, ':'); i >= 0 {
+			host, port = s[:i], s[i:]
+		}
+		for i := range len(host) {
+			if c := host[i]; c == '[' || c == ']' || c == '%' && (i+2 >= len(host) || !hex(host[i+1]) || !hex(host[i+2])) {
+				return false
+			}
+		}
+		if host == "" || !only(host, hostByte) {
+			return false
+		}
+	}
+	if port == "" {
+		return true
+	}
+	if port[0] != ':' || len(port) > len(":65535") {
+		return false
+	}
+	for i := 1; i < len(port); i++ {
+		if !digit(port[i]) {
+			return false
+		}
+	}
+	return true
+}
+
+func hex(c byte) bool { return digit(c) || 'a' <= c|0x20 && c|0x20 <= 'f' }
+
 func digit(c byte) bool { return '0' <= c && c <= '9' }
 
 // interpret reads the fields that tell of framing and of the connection.
@@ -107,7 +151,7 @@ func (req *Request) interpret() error {
 			if hosts++; hosts > 1 {
 				return bad("there is more than one Host field")
 			}
-			if len(f.Value) > maxHost || !only(f.Value, hostByte) {
+			if f.Value != "" && !validHost(f.Value) {
 				return bad("the Host field is not a host with an optional port")
 			}
 			req.Host = f.Value
@@ -123,12 +167,12 @@ func (req *Request) interpret() error {
 			coding = f
 		case Connection:
 			tokens(f.Value, func(t string) {
-				switch strings.ToLower(t) {
-				case "close":
+				switch {
+				case Equal(t, "close"):
 					req.Close = true
-				case "keep-alive":
+				case Equal(t, "keep-alive"):
 					keep = true
-				case "upgrade":
+				case Equal(t, "upgrade"):
 					upgradeNamed = true
 				default:
 					req.Nominated = append(req.Nominated, t)
@@ -140,7 +184,7 @@ func (req *Request) interpret() error {
 			}
 			upgrade += f.Value
 		case Expect:
-			if !strings.EqualFold(f.Value, "100-continue") {
+			if !Equal(f.Value, "100-continue") {
 				return &SyntaxError{Status: 417, Reason: "no expectation but 100-continue can be met"}
 			}
 			req.Expect = req.Minor > 0 // HTTP/1.0 knows none (RFC 9110 section 10.1.1)
@@ -160,7 +204,7 @@ func (req *Request) interpret() error {
 		return bad("HTTP/1.0 has no Transfer-Encoding")
 	case coding != nil && length != nil:
 		return bad("there are both Content-Length and Transfer-Encoding")
-	case coding != nil && strings.EqualFold(coding.Value, "chunked"):
+	case coding != nil && Equal(coding.Value, "chunked"):
 		req.Length = Chunked
 	case coding != nil && HasToken(coding.Value, "chunked"):
 		return bad("the Transfer-Encoding is not exactly chunked")
@@ -207,7 +251,7 @@ func (req *Request) resolveTarget() error {
 		return nil
 	}
 	scheme, rest, ok := strings.Cut(target, "://")
-	if !ok || !strings.EqualFold(scheme, "http") && !strings.EqualFold(scheme, "https") {
+	if !ok || !Equal(scheme, "http") && !Equal(scheme, "https") {
 		return bad("the target is neither a path nor an http URL")
 	}
 	authority := rest
@@ -220,13 +264,13 @@ func (req *Request) resolveTarget() error {
 	} else if req.Method == "OPTIONS" {
 		path = "*" // RFC 9112 section 3.2.4
 	}
-	if authority == "" || !only(authority, hostByte) {
+	if !validHost(authority) {
 		return bad("the target names no host")
 	}
 	if req.Minor == 0 && req.Host == "" {
 		req.Host = authority
 	}
-	if !strings.EqualFold(authority, req.Host) {
+	if !Equal(authority, req.Host) {
 		return bad("the target names another host than the Host field")
 	}
 	req.Target = path

@@ -78,16 +78,16 @@ func (resp *Response) interpret(method string) error {
 				length = n
 			}
 		case TransferEncoding:
-			if coded || !strings.EqualFold(f.Value, "chunked") {
+			if coded || !Equal(f.Value, "chunked") {
 				return bad("the answer's Transfer-Encoding is not exactly chunked")
 			}
 			coded = true
 		case Connection:
 			tokens(f.Value, func(t string) {
-				switch strings.ToLower(t) {
-				case "close":
+				switch {
+				case Equal(t, "close"):
 					resp.Close = true
-				case "keep-alive":
+				case Equal(t, "keep-alive"):
 					keep = true
 				default:
 					resp.Nominated = append(resp.Nominated, t)
