@@ -306,8 +306,15 @@ func (s *session) end(trailer wire.Fields) error {
 // request may come on it.
 func (s *session) finish() bool {
 	switch {
-	case s.x.aborted || !s.x.ended || s.writeErr != nil:
-		s.c.reset()
+	case s.writeErr != nil:
+		s.c.reset() // what the kernel still holds would be kept for minutes
+		return false
+	case s.x.aborted || !s.x.ended:
+		// A plain close lets the client read what it was sent, where the framing
+		// tells it that something is missing.
+		if !s.x.headed || s.coding == untilClose {
+			s.c.reset()
+		}
 		return false
 	case s.close:
 		if s.lingers || !s.b.Done() || len(s.r.Buffered()) > 0 {
