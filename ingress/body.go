@@ -23,26 +23,17 @@ const chunkBytes = 256 << 10
 // growBody is the first size of a buffer for a body that is not here yet.
 const growBody = 4 << 10
 
-// readInline reads the body into memory. size is its length, or negative when it
-// is unknown: then no more than the inline limit and one byte are read, and whole
-// says whether that was all. Room is taken as bytes come, not as they are
-// announced: a client that announces much and sends little must not keep others
-// out.
-func (t *transaction) readInline(size int64) (whole, ok bool) {
+// readBody reads the body into memory, most bytes of it at most, and says whether
+// that was all. Room is taken as bytes come, not as they are announced: a client
+// that announces much and sends little must not keep others out.
+func (t *transaction) readBody(most int64) (whole, ok bool) {
 	body := t.b.body[:0]
 	defer func() { t.b.body = body }()
-	if size == 0 {
-		return true, true
-	}
-	most := int(size)
-	if size < 0 {
-		most = int(t.h.inline) + 1
-	}
-	for {
+	for int64(len(body)) < most {
 		if len(body) == cap(body) {
-			body = slices.Grow(body, min(max(len(body), growBody), most-len(body)))
+			body = slices.Grow(body, int(min(int64(max(len(body), growBody)), most-int64(len(body)))))
 		}
-		m, err := t.x.Read(body[len(body):min(cap(body), most)])
+		m, err := t.x.Read(body[len(body):min(int64(cap(body)), most)])
 		body = body[:len(body)+m]
 		switch {
 		case int64(len(body)) > t.rt.MaxBody:
@@ -55,10 +46,9 @@ func (t *transaction) readInline(size int64) (whole, ok bool) {
 		case err != nil:
 			t.clientBroke(err)
 			return false, false
-		case len(body) == most && size < 0:
-			return false, true
 		}
 	}
+	return most == 0, true
 }
 
 // readToFile writes what was read so far and the rest of a body of unknown
@@ -131,7 +121,7 @@ func (t *transaction) clientBroke(err error) {
 // forwarded, announced as framing says. An API that fails meanwhile does not stop
 // the capture.
 func (t *transaction) serveChunked(body io.Reader, size, framing int64) {
-	if !t.hold(2 * chunkBytes) {
+	if !t.hold(max(2*chunkBytes-t.held, 0)) {
 		return
 	}
 	chunks := int((size + chunkBytes - 1) / chunkBytes)

@@ -173,14 +173,21 @@ func (t *transaction) serve() {
 func (t *transaction) serveCaptured() {
 	size := t.x.Request.Length
 	if size > t.h.inline {
-		t.serveChunked(t.x, size, size)
+		// Not before the first part is here does it cost more than a connection.
+		if _, ok := t.readBody(min(size, chunkBytes)); ok {
+			t.serveChunked(io.MultiReader(bytes.NewReader(t.b.body), t.x), size, size)
+		}
 		return
 	}
-	whole, ok := t.readInline(size)
+	most := size
+	if size < 0 {
+		most = t.h.inline + 1
+	}
+	whole, ok := t.readBody(most)
 	if !ok {
 		return
 	}
-	if whole {
+	if whole || size >= 0 {
 		if trailer := t.trailer(); len(trailer) > 0 {
 			coded := wire.AppendChunkSize(nil, int64(len(t.b.body)))
 			coded = append(append(coded, t.b.body...), "\r\n"...)

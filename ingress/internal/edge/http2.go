@@ -222,6 +222,9 @@ func (st *stream) head(status int, _ string, fields wire.Fields, length int64) {
 	if length >= 0 && status != 204 {
 		h["Content-Length"] = []string{strconv.FormatInt(length, 10)}
 	}
+	if st.s.draining.Load() {
+		h["Connection"] = []string{"close"} // net/http sends GOAWAY for it
+	}
 	st.w.WriteHeader(status)
 }
 
