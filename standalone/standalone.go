@@ -47,6 +47,7 @@ func (s *Settings) Validate() []service.SettingError {
 	if s.StreamReplicas != 1 {
 		problems = append(problems, service.Invalid("STREAM_REPLICAS", "%d is not allowed; standalone has one broker: use 1", s.StreamReplicas))
 	}
+	problems = append(problems, service.RequireStop(s.DrainDelay, s.ShutdownTimeout)...)
 	problems = append(problems, service.RequireAuth("ACKER_ADDR", s.AckerAddr, s.API)...)
 	return append(problems, service.RequireAuth("RECORDER_ADDR", s.RecorderAddr, s.API)...)
 }

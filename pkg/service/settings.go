@@ -178,6 +178,14 @@ func (i Ingress) Validate() []SettingError {
 	return problems
 }
 
+// RequireStop refuses a drain that leaves no time for the rest of the stop.
+func RequireStop(drain, whole time.Duration) []SettingError {
+	if drain < whole {
+		return nil
+	}
+	return []SettingError{Invalid("DRAIN_DELAY", "%s leaves nothing of HOLDFAST_SHUTDOWN_TIMEOUT (%s) for requests under way", drain, whole)}
+}
+
 // Acker is what only the acker needs, and standalone.
 type Acker struct {
 	AckerAddr Addr `split_words:"true" default:":8081" local:"127.0.0.1:8081" desc:"where completions are taken over HTTP"`

@@ -445,3 +445,12 @@ func TestIDOfAHost(t *testing.T) {
 	require.Len(t, idOf(strings.Repeat("a", 300)), 64)
 	require.True(t, isID(idOf("höst")))
 }
+
+func TestADrainLeavesTimeForTheRest(t *testing.T) {
+	require.Empty(t, RequireStop(time.Second, 2*time.Second))
+	for _, whole := range []time.Duration{time.Second, time.Millisecond} {
+		problems := RequireStop(time.Second, whole)
+		require.Len(t, problems, 1)
+		require.Equal(t, "HOLDFAST_DRAIN_DELAY", problems[0].Name)
+	}
+}

@@ -16,6 +16,11 @@ type settings struct {
 	ingress.Settings
 }
 
+// Validate checks what the groups cannot know of each other.
+func (s *settings) Validate() []service.SettingError {
+	return service.RequireStop(s.DrainDelay, s.ShutdownTimeout)
+}
+
 func main() {
 	var s settings
 	os.Exit(service.Main(service.App{
