@@ -34,13 +34,14 @@ demo: build ## break an API and this gateway under load, replay, and count what 
 	@go run ./e2e/cmd/demo -bin bin
 
 .PHONY: test
-test: tools build ## run all tests; gets what they need by package manager
-	@tools/need.sh python3=python3 curl=curl
+test: tools build ## run all tests, and fuzz the edge for FUZZTIME; gets what they need by package manager
+	@tools/need.sh python3=python3 curl=curl nginx=nginx-light
 	@$(GOTEST) work
+	@cd e2e && go test -run '^$$' -fuzz '^FuzzEdge$$' -fuzztime $(FUZZTIME) -fuzzminimizetime 5s ./edge/fuzz
 
 .PHONY: test-race
 test-race: tools build ## run the tests of every package with the race detector
-	@tools/need.sh python3=python3 curl=curl
+	@tools/need.sh python3=python3 curl=curl nginx=nginx-light
 	@$(GOTEST) -race work
 
 .PHONY: fuzz
@@ -48,7 +49,7 @@ fuzz: ## run every fuzz target for FUZZTIME=30s
 	@for m in $(MODULES); do \
 	  for p in $$(cd $$m && go list ./...); do \
 	    for f in $$(cd $$m && go test -list '^Fuzz' $$p | grep ^Fuzz || true); do \
-	      echo "$$p $$f"; (cd $$m && go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$p); \
+	      echo "$$p $$f"; (cd $$m && go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 5s $$p); \
 	    done; done; done
 
 .PHONY: mutants
