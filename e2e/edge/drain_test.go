@@ -109,7 +109,7 @@ backend ingresses
   balance roundrobin
   option httpchk GET /readyz
   http-check expect status 200
-  default-server check inter 50ms fall 1 rise 1
+  default-server check inter 400ms fall 1 rise 1
 `, addr, monitor, len(ingresses))
 	for i, s := range ingresses {
 		_, port, err := net.SplitHostPort(strings.TrimPrefix(s.OpsURL(harness.Ingress), "http://"))
