@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -47,7 +48,8 @@ type handler struct {
 	accessLog  string
 	log        *slog.Logger
 	m          *metrics
-	buffers    sync.Pool // *buffers
+	stored     atomic.Int64 // captures that were durable when their answers were let go
+	buffers    sync.Pool    // *buffers
 }
 
 // buffers is what one request needs while it is in flight.
@@ -386,6 +388,7 @@ func (t *transaction) awaitStored() {
 		return
 	}
 	t.state = storedSynced
+	t.h.stored.Add(1)
 }
 
 // outcome writes the gateway's word about this attempt. It is called before

@@ -129,12 +129,12 @@ func New(o Options) (_ *Service, err error) {
 	pub := newPublisher(o.Conn, sp, s.IngressID, o.Logger, times)
 	m := newMetrics(o.Registry, sp, inflight, routes.conns, pub.window.pending)
 	pub.m = m
-	w := &words{nc: o.Conn, spool: sp, ingress: s.IngressID, log: o.Logger, heard: pub.window.heard}
 	h := &handler{
 		routes: routes, head: headWriter{trusted: s.TrustedProxies}, spool: sp, ingress: s.IngressID,
 		inline: int64(s.InlineBytes), maxHead: int64(s.MaxHeaderBytes), bodyDir: bodies, inflight: inflight,
 		times: times, retryAfter: s.RetryAfter, accessLog: s.AccessLog, log: o.Logger, m: m,
 	}
+	w := &words{nc: o.Conn, spool: sp, ingress: s.IngressID, log: o.Logger, heard: pub.window.heard, captured: &h.stored}
 	server, err := edge.New(edge.Options{
 		Addr: string(s.IngressAddr), TLS: cfg, Handler: h,
 		HeadTimeout: s.ReadHeaderTimeout, BodyTimeout: s.ReadBodyTimeout, WriteTimeout: s.WriteTimeout, IdleTimeout: s.IdleTimeout,

@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -27,6 +28,9 @@ type words struct {
 	// heard is told of the last record of this start that a word released, and
 	// whether that was a completion.
 	heard func(at spool.Position, completion bool)
+	// captured counts the captures of this start that were durable when their
+	// answers were let go.
+	captured *atomic.Int64
 
 	reader  *spool.Reader
 	sampled time.Time
@@ -101,13 +105,15 @@ func isCompletion(m capture.Message) bool { return capture.IsOutcomeSubject(m.Su
 
 // beat sends a heartbeat. One that is lost is followed by the next.
 func (w *words) beat(stopped bool) {
-	// The time first: it vouches for what was appended before it.
+	// The count, then the time: it vouches for what was appended before it.
+	captured := w.captured.Load()
 	now := w.spool.Now()
 	stats := w.spool.Stats()
 	beat := capture.Heartbeat{
 		Ingress: w.ingress, Start: w.spool.Start().String(), Now: now,
 		Unreleased: stats.Unreleased, OldestUnreleased: stats.OldestUnreleased,
-		Stopped: stopped && stats.Unreleased == 0,
+		Captured: captured,
+		Stopped:  stopped && stats.Unreleased == 0,
 	}
 	data, err := beat.Encode()
 	if err == nil {

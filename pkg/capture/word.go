@@ -120,6 +120,10 @@ type Heartbeat struct {
 	// Age is how long ago it was sent when it is handed to the ledger, as its
 	// receiver knows; it does not travel.
 	Age time.Duration `json:"-"`
+	// Captured is how many captures of this start were durable in its spool when
+	// their answers were let go, at Now. It only grows. 0 from an ingress that
+	// does not count.
+	Captured int64 `json:"captured,omitempty"`
 	// Stopped is set on the last heartbeat of an ingress that stops with an
 	// empty spool: nobody has to wait for it any more.
 	Stopped bool `json:"stopped,omitempty"`
@@ -140,7 +144,7 @@ func DecodeHeartbeat(data []byte) (Heartbeat, error) {
 	if err := json.Unmarshal(data, &h); err != nil {
 		return Heartbeat{}, fmt.Errorf("decode heartbeat: %w: %w", ErrMalformed, err)
 	}
-	if !ValidIngress(h.Ingress) || h.Now.IsZero() {
+	if !ValidIngress(h.Ingress) || h.Now.IsZero() || h.Captured < 0 {
 		return Heartbeat{}, fmt.Errorf("decode heartbeat: %w: ingress %q, now %s", ErrMalformed, h.Ingress, h.Now)
 	}
 	return h, nil

@@ -79,7 +79,8 @@ type Recorder interface {
 	SetAside(ctx context.Context, messages []Aside) error
 	// SaveHeartbeats keeps the last heartbeat of each ingress, and forgets one
 	// that says it stopped. Times are shifted to the ledger's clock: each was
-	// sent its Age before the call, however long the call takes.
+	// sent its Age before the call, however long the call takes. What they say of
+	// their captures is kept apart: see [Start].
 	SaveHeartbeats(ctx context.Context, beats []capture.Heartbeat) error
 }
 
@@ -210,6 +211,22 @@ type Ingress struct {
 	OldestUnreleased time.Time // zero when none
 }
 
+// Start is what the ledger knows of one process start of an ingress. Once
+// everything that it had captured is released, Recorded and what was set aside
+// of it are together at least Captured; less means that captures are lost. A
+// start of which everything is recorded is forgotten when a later one of the
+// same ingress is heard.
+type Start struct {
+	Ingress string
+	ID      string
+	// Captured is the highest count in its heartbeats: see
+	// [capture.Heartbeat.Captured].
+	Captured int64
+	// Recorded is how many requests came into the ledger from its spool records,
+	// since the ledger was made. Their expiry takes nothing off.
+	Recorded int64
+}
+
 // Reader answers questions.
 type Reader interface {
 	// List gives requests in the order of their ids, which is the order of
@@ -228,6 +245,8 @@ type Reader interface {
 	// above 64 KiB.
 	AsideList(ctx context.Context, cursor string, limit int) ([]Aside, string, error)
 	Ingresses(ctx context.Context) ([]Ingress, error)
+	// Starts gives the process starts that are not forgotten, by ingress and id.
+	Starts(ctx context.Context) ([]Start, error)
 	// Runs gives runs, the newest first. Errors: [ErrInvalidCursor].
 	Runs(ctx context.Context, cursor string, limit int) ([]Run, string, error)
 	// Run gives one run. Errors: [ErrNotFound].

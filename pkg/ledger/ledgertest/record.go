@@ -264,6 +264,44 @@ var recordTests = map[string]func(*bench){
 		b.NoError(err)
 		b.Equal(want, list)
 	},
+	"what starts have captured and what came of it": func(b *bench) {
+		beat := func(ingress, start string, captured int64, stopped bool) {
+			b.NoError(b.s.SaveHeartbeats(b.ctx, []capture.Heartbeat{{
+				Ingress: ingress, Start: start, Now: b.clock.Now(), Captured: captured, Stopped: stopped,
+			}}))
+		}
+		starts := func(want ...ledger.Start) {
+			b.t.Helper()
+			b.reopen()
+			got, err := b.s.Starts(b.ctx)
+			b.NoError(err)
+			b.ElementsMatch(want, got)
+		}
+		starts()
+		again := from(1, b.inline(newID()))
+		b.record(again)
+		b.record(again, from(2, b.inline(newID())))
+		b.record(b.inline(newID())) // of no spool record
+		beat("edge-1", "5eed", 0, false)
+		starts(ledger.Start{Ingress: "edge-1", ID: "5eed", Recorded: 2})
+		beat("edge-1", "5eed", 3, false)
+		beat("edge-1", "5eed", 1, false) // late
+		beat("edge-10", "5eed", 7, false)
+		starts(ledger.Start{Ingress: "edge-1", ID: "5eed", Captured: 3, Recorded: 2}, ledger.Start{Ingress: "edge-10", ID: "5eed", Captured: 7})
+		// Another start does not make a loss forgotten.
+		beat("edge-1", "a", 1, false)
+		starts(ledger.Start{Ingress: "edge-1", ID: "5eed", Captured: 3, Recorded: 2}, ledger.Start{Ingress: "edge-1", ID: "a", Captured: 1},
+			ledger.Start{Ingress: "edge-10", ID: "5eed", Captured: 7})
+		// It does once everything is recorded. A goodbye that comes late brings
+		// nothing back.
+		part := chunk(newID(), 0, []byte("part"))
+		b.record(from(3, part)) // is no request yet
+		b.record(from(4, b.inline(newID())))
+		beat("edge-1", "b", 5, false)
+		beat("edge-1", "5eed", 3, true)
+		starts(ledger.Start{Ingress: "edge-1", ID: "a", Captured: 1}, ledger.Start{Ingress: "edge-1", ID: "b", Captured: 5},
+			ledger.Start{Ingress: "edge-10", ID: "5eed", Captured: 7})
+	},
 	"heartbeats by the ledger's clock": func(b *bench) {
 		own := b.clock.Now().Add(-5 * time.Hour) // the ingress's clock is wrong
 		beat := func(start string, at time.Duration, stopped bool) capture.Heartbeat {

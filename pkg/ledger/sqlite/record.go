@@ -100,13 +100,19 @@ func (t *tx) record(item *ledger.Item) (ledger.Result, error) {
 	return ledger.Result{}, refuse("an item without capture, chunk or abandon record")
 }
 
-// meet makes the ingress of a new request known, as one that was never heard
-// from: a replay has to wait for what its spool may hold.
+// meet counts a new request for the start it came from, and makes its ingress
+// known, as one that was never heard from: a replay has to wait for what its
+// spool may hold.
 func (t *tx) meet(ref capture.SpoolRef) error {
-	if ref.Ingress == "" || t.met == ref.Ingress {
+	if ref.Ingress == "" {
 		return nil
 	}
-	t.met = ref.Ingress
+	if t.met.Ingress == ref.Ingress && t.met.Start == ref.Start {
+		t.add(t.recorded, 1)
+		return nil
+	}
+	t.met, t.recorded = ref, startCounter(counterRecorded, ref.Ingress, ref.Start)
+	t.add(t.recorded, 1)
 	_, err := t.exec("INSERT INTO ingresses (id, start, own, seen, unreleased) VALUES (?, ?, 0, 0, 0) ON CONFLICT DO NOTHING", ref.Ingress, ref.Start)
 	return err
 }
@@ -619,6 +625,9 @@ func (s *Store) SaveHeartbeats(ctx context.Context, beats []capture.Heartbeat) e
 func (t *tx) saveHeartbeat(b *capture.Heartbeat, sent int64) error {
 	own, err := nanos(b.Now)
 	if err != nil {
+		return err
+	}
+	if err := t.saveCaptured(b); err != nil {
 		return err
 	}
 	if b.Stopped {

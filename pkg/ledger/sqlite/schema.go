@@ -51,6 +51,9 @@ const (
 	counterRequests     = "requests:"
 	counterAside        = "aside:"
 	counterReplays      = "replays:"
+	// Of each process start of an ingress, "<ingress>/<start>".
+	counterCaptured = "captured:" // what its heartbeats say
+	counterRecorded = "recorded:" // requests that came from its spool records
 )
 
 // schema is the whole of a new ledger. Times are nanoseconds since 1970, NULL

@@ -34,7 +34,8 @@ type tx struct {
 	haveNewest bool
 	early      bool // there are facts about unknown ids
 	haveEarly  bool
-	met        string // the ingress of which a request was recorded last
+	met        capture.SpoolRef // of the request that was recorded last
+	recorded   string           // the counter of its start
 }
 
 // write runs f in a transaction and commits it. Nothing is written when f, or
