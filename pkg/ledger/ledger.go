@@ -316,7 +316,35 @@ type BeginOptions struct {
 	Lease time.Duration
 	// MaxAttempts is how many attempts of one request this run may make.
 	MaxAttempts int
+	// Order says by which key the requests keep their order.
+	Order Order
+	// Keys are the ordering keys where Order is OrderGiven: Keys[i] is that of
+	// ids[i], empty where it has none. The route is part of every key without
+	// being said.
+	Keys []string
+	// PastBlocked begins a request though an earlier one of its key is open.
+	PastBlocked bool
 }
+
+// Order says by which key requests keep their order: those of one key are sent
+// one at a time, by their ids. Keys are of one route, and of one target: what a
+// run sends to another system is in nobody's way.
+type Order string
+
+const (
+	// OrderCaptured orders by [Request.OrderKey]. Begin sees to it over all runs:
+	// nothing is begun while an earlier request of its key is open, unless
+	// BeginOptions.PastBlocked says so, and nothing, in any case, while a request
+	// of its key is under a valid lease. A run to another target asks for leases
+	// alone, since its attempts close nothing.
+	OrderCaptured Order = ""
+	// OrderGiven orders by BeginOptions.Keys. Begin sees to it that no two
+	// requests of a key are under lease at the same time; which of them goes first
+	// is the caller's business.
+	OrderGiven Order = "given"
+	// OrderNone keeps no order.
+	OrderNone Order = "none"
+)
 
 // Begun is an attempt that was written down and may now be sent, or the reason
 // why it may not.
@@ -329,6 +357,9 @@ type Begun struct {
 	// Expires is when the lease ends by this process's monotonic clock, never
 	// later than Until.
 	Expires time.Time
+	// Head is what the request waits for where Skip is SkipBlocked: the first open
+	// one of its key, or the one under lease.
+	Head uuid.UUID
 }
 
 // SkipReason says why an attempt was not begun.
@@ -339,6 +370,7 @@ const (
 	SkipLeased   SkipReason = "leased"   // another run has it
 	SkipAttempts SkipReason = "attempts" // this run has no attempt left for it
 	SkipPayload  SkipReason = "payload"  // its payload has expired
+	SkipBlocked  SkipReason = "blocked"  // another request of its key comes first
 )
 
 // Ended is the result of an attempt.
@@ -385,8 +417,8 @@ type Replayer interface {
 	Left(ctx context.Context, l RunLease) (Left, error)
 	// Begin writes attempts down, before they are sent, in one transaction:
 	// each requires a request that the run may still send, and no valid lease of
-	// any run, this one's included: its sender may be paused, not dead. It gives
-	// a lease with a new fencing token. An attempt that a run to another target
+	// any run, this one's included: its sender may be paused, not dead; and what
+	// [Order] says of its key. It gives a lease with a new fencing token. An attempt that a run to another target
 	// begins changes no state, and such a run sends again only what failed
 	// there. A cancelled or ended run begins nothing: [ErrFenced].
 	// Errors: [ErrFenced].

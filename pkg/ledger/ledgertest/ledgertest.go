@@ -37,7 +37,7 @@ type Open func(t testing.TB, o Options) ledger.Store
 // Run runs the suite. Every test has a ledger of its own.
 func Run(t *testing.T, open Open) {
 	for _, group := range []map[string]func(*bench){
-		recordTests, chunkTests, completeTests, listTests, replayTests, operatorTests, expireTests,
+		recordTests, chunkTests, completeTests, listTests, replayTests, orderTests, operatorTests, expireTests,
 	} {
 		for name, test := range group {
 			t.Run(name, func(t *testing.T) {
@@ -46,6 +46,7 @@ func Run(t *testing.T, open Open) {
 		}
 	}
 	t.Run("any order and repetition of facts", func(t *testing.T) { anyOrder(t, open) })
+	t.Run("order over two runs", func(t *testing.T) { orderOverRuns(t, open) })
 	t.Run("chunks in any order", func(t *testing.T) { chunksInAnyOrder(t, open) })
 }
 

@@ -30,7 +30,13 @@ func (b *bench) selected(l ledger.RunLease, maxAttempts int) []uuid.UUID {
 }
 
 func (b *bench) begin(l ledger.RunLease, ids ...uuid.UUID) []ledger.Begun {
-	list, err := b.s.Begin(b.ctx, l, ids, ledger.BeginOptions{Lease: time.Minute, MaxAttempts: 3})
+	return b.beginBy(l, ledger.BeginOptions{}, ids...)
+}
+
+// beginBy begins in a certain order.
+func (b *bench) beginBy(l ledger.RunLease, o ledger.BeginOptions, ids ...uuid.UUID) []ledger.Begun {
+	o.Lease, o.MaxAttempts = time.Minute, 3
+	list, err := b.s.Begin(b.ctx, l, ids, o)
 	b.NoError(err)
 	b.Len(list, len(ids))
 	for i := range list {

@@ -158,7 +158,7 @@ func (e *expiry) delete(r *row) error {
 			return err
 		}
 	}
-	if _, err := t.exec("DELETE FROM leases WHERE key = ?", leaseKey(r.id)); err != nil {
+	if _, err := t.exec("DELETE FROM leases WHERE key = ?", leaseKey(r.id.String())); err != nil {
 		return err
 	}
 	if r.kept {

@@ -49,6 +49,13 @@ func TestNothingWalksProcessedRows(t *testing.T) {
 		require.NotContains(t, p, "SCAN r", p)
 		require.NotContains(t, p, "TEMP B-TREE FOR ORDER BY", p)
 	}
+	p := plan(queryHead, []byte("k"), make([]byte, 16), "calls")
+	require.Contains(t, p, "SEARCH r USING INDEX requests_keyed (origin=? AND order_key=? AND id<?)", p)
+	require.NotContains(t, p, "TEMP B-TREE", p)
+	require.Regexp(t, `SEARCH o USING (COVERING )?INDEX`, p)
+	for _, query := range []string{queryCapturedLease, queryGivenLease} {
+		require.Regexp(t, `SEARCH leases USING INDEX leases_(captured|given)`, plan(query, []byte("k"), 1))
+	}
 	for _, query := range []string{
 		"SELECT received FROM requests WHERE state = 0 AND state <> 5 AND due <= 1 ORDER BY id LIMIT 1",
 		"SELECT coalesce(sum(payload), 0) FROM requests WHERE kept = 1 AND changed = 1 AND state >= 3",

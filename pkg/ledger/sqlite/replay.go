@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -210,9 +211,8 @@ func readRun(ctx context.Context, q queryer, id string) (ledger.Run, error) {
 	return r, err
 }
 
-// leaseKey names what a lease is about: one request. Runs that keep an order
-// lease keys instead.
-func leaseKey(id uuid.UUID) string { return "id:" + id.String() }
+// leaseKey names what a lease is about: one request.
+func leaseKey(id string) string { return "id:" + id }
 
 // Columns beside a request's own that tell what a run did with it.
 const (
@@ -344,8 +344,12 @@ func (s *Store) Begin(ctx context.Context, l ledger.RunLease, ids []uuid.UUID, o
 		}
 		list = make([]ledger.Begun, 0, len(ids))
 		var sent, skipped int
-		for _, id := range ids {
-			b, err := t.begin(&run, id, o)
+		for i, id := range ids {
+			given := ""
+			if o.Order == ledger.OrderGiven && i < len(o.Keys) {
+				given = o.Keys[i]
+			}
+			b, err := t.begin(&run, id, given, o)
 			if err != nil {
 				return err
 			}
@@ -367,7 +371,7 @@ func (s *Store) Begin(ctx context.Context, l ledger.RunLease, ids []uuid.UUID, o
 	return list, nil
 }
 
-func (t *tx) begin(run *ledger.Run, id uuid.UUID, o ledger.BeginOptions) (ledger.Begun, error) {
+func (t *tx) begin(run *ledger.Run, id uuid.UUID, given string, o ledger.BeginOptions) (ledger.Begun, error) {
 	skip := func(why ledger.SkipReason) (ledger.Begun, error) { return ledger.Begun{ID: id, Skip: why}, nil }
 	u, found, err := t.load(id)
 	if err != nil {
@@ -376,7 +380,7 @@ func (t *tx) begin(run *ledger.Run, id uuid.UUID, o ledger.BeginOptions) (ledger
 	if !found {
 		return skip(ledger.SkipState)
 	}
-	key := leaseKey(id)
+	key := leaseKey(id.String())
 	var until int64
 	if _, err := t.get([]any{&until}, "SELECT until FROM leases WHERE key = ?", key); err != nil {
 		return ledger.Begun{}, err
@@ -413,13 +417,23 @@ func (t *tx) begin(run *ledger.Run, id uuid.UUID, o ledger.BeginOptions) (ledger
 	case made >= o.MaxAttempts, last >= math.MaxInt32:
 		return skip(ledger.SkipAttempts)
 	}
+	captured := orderLease(run.Target, og.route, u.row.orderKey)
+	ordered := orderLease(run.Target, og.route, []byte(given))
+	head, err := t.inTheWay(run, u, captured, ordered, o)
+	if err != nil {
+		return ledger.Begun{}, err
+	}
+	if head != uuid.Nil {
+		return ledger.Begun{ID: id, Skip: ledger.SkipBlocked, Head: head}, nil
+	}
 	token, err := t.next(counterToken)
 	if err != nil {
 		return ledger.Begun{}, err
 	}
 	end := t.now + o.Lease.Nanoseconds()
-	if _, err := t.exec("INSERT INTO leases (key, run, token, until) VALUES (?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET run = excluded.run, token = excluded.token, until = excluded.until",
-		key, run.ID, token, end); err != nil {
+	if _, err := t.exec("INSERT INTO leases (key, run, token, until, captured, given) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET "+
+		"run = excluded.run, token = excluded.token, until = excluded.until, captured = excluded.captured, given = excluded.given",
+		key, run.ID, token, end, captured, ordered); err != nil {
 		return ledger.Begun{}, err
 	}
 	a := attempt{number: last + 1, run: run.ID, started: t.now, ended: never, known: t.now}
@@ -429,6 +443,54 @@ func (t *tx) begin(run *ledger.Run, id uuid.UUID, o ledger.BeginOptions) (ledger
 		err = u.save()
 	}
 	return ledger.Begun{ID: id, Attempt: int(a.number), Token: token, Until: moment(end)}, err
+}
+
+// orderLease names an ordering key among leases, nil where there is none. A
+// target is a URL, and a route's name short text: neither holds a NUL.
+func orderLease(target, route string, key []byte) []byte {
+	if len(key) == 0 {
+		return nil
+	}
+	return append([]byte(target+"\x00"+route+"\x00"), key...)
+}
+
+// Questions that Begin asks about an ordering key. Each takes as many steps as
+// the route has origins, or the key has leases, however much is open.
+const (
+	queryHead = "SELECT min(h) FROM (SELECT (SELECT r.id FROM requests r WHERE r.origin = o.id AND r.order_key = ? AND r.order_key IS NOT NULL AND r.state < 3 AND r.id < ? " +
+		"ORDER BY r.id LIMIT 1) AS h FROM origins o WHERE o.route = ?)"
+	queryCapturedLease = "SELECT min(key) FROM leases WHERE captured = ? AND until > ?"
+	queryGivenLease    = "SELECT min(key) FROM leases WHERE given = ? AND until > ?"
+)
+
+// inTheWay gives the request of the same key that comes first, or uuid.Nil when
+// there is none.
+func (t *tx) inTheWay(run *ledger.Run, u *subject, captured, given []byte, o ledger.BeginOptions) (uuid.UUID, error) {
+	query, key := queryCapturedLease, captured
+	if o.Order == ledger.OrderGiven {
+		query, key = queryGivenLease, given
+	}
+	if o.Order == ledger.OrderNone || key == nil {
+		return uuid.Nil, nil
+	}
+	if o.Order == ledger.OrderCaptured && run.Target == "" && !o.PastBlocked {
+		og, err := t.s.loadOrigin(context.Background(), t.s.conn, u.row.origin)
+		if err != nil {
+			return uuid.Nil, err
+		}
+		var head []byte
+		if _, err := t.get([]any{&head}, queryHead, u.row.orderKey, u.row.id[:], og.route); err != nil {
+			return uuid.Nil, err
+		}
+		if len(head) > 0 {
+			return uuid.FromBytes(head)
+		}
+	}
+	var lease sql.NullString
+	if _, err := t.get([]any{&lease}, query, key, t.now); err != nil || !lease.Valid {
+		return uuid.Nil, err
+	}
+	return uuid.Parse(strings.TrimPrefix(lease.String, leaseKey("")))
 }
 
 // End implements [ledger.Replayer].
@@ -469,7 +531,7 @@ func (t *tx) end(runID string, e *ledger.Ended) (fenced, err error) {
 		return nil, err
 	}
 	var token int64
-	key := leaseKey(e.ID)
+	key := leaseKey(e.ID.String())
 	held, err := t.get([]any{&token}, "SELECT token FROM leases WHERE key = ? AND run = ?", key, runID)
 	if err != nil {
 		return nil, err

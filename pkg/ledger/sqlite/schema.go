@@ -5,7 +5,7 @@ package sqlite
 const applicationID = 0x68666c64
 
 // schemaVersion is the file's user_version. A higher one is of a newer release.
-const schemaVersion = 1
+const schemaVersion = 1 + len(migrations)
 
 // pageSize is what suits rows of a kilobyte best: measured against 4 and
 // 16 KiB, it takes a tenth less CPU for each request.
@@ -56,7 +56,8 @@ const (
 	counterRecorded = "recorded:" // requests that came from its spool records
 )
 
-// schema is the whole of a new ledger. Times are nanoseconds since 1970, NULL
+// schema is the whole of a ledger of version 1; migrations lead on from there,
+// also for a new one. Times are nanoseconds since 1970, NULL
 // for an unknown one. Constraints have names, because their names are the
 // reasons that people read when a row is refused.
 const schema = `
@@ -234,7 +235,7 @@ CREATE TABLE runs (
 ) WITHOUT ROWID, STRICT;
 CREATE INDEX runs_active ON runs (filter, target) WHERE state = 'active';
 
--- The right to send. The key is "id:<uuid>"; ordering keys get their own prefix.
+-- The right to send. The key is "id:<uuid>".
 CREATE TABLE leases (
   key TEXT NOT NULL PRIMARY KEY,
   run TEXT NOT NULL,
@@ -260,3 +261,18 @@ CREATE TABLE counters (
   n INTEGER NOT NULL
 ) WITHOUT ROWID, STRICT;
 `
+
+// migrations[i] makes version i+2 of version i+1, in one transaction. A process
+// of the version before may have the file open meanwhile, and goes on: columns
+// are added with a default, and nothing that it uses goes away.
+var migrations = [...]string{
+	// Order within a key. The index holds open requests alone, and of those the
+	// ones with a key: it costs the others nothing.
+	`
+CREATE INDEX requests_keyed ON requests (origin, order_key, id) WHERE order_key IS NOT NULL AND state < 3;
+ALTER TABLE leases ADD COLUMN captured BLOB; -- ordering key of the request, with target and route
+ALTER TABLE leases ADD COLUMN given BLOB; -- the one that the run orders by instead
+CREATE INDEX leases_captured ON leases (captured) WHERE captured IS NOT NULL;
+CREATE INDEX leases_given ON leases (given) WHERE given IS NOT NULL;
+`,
+}

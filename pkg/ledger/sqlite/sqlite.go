@@ -31,6 +31,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -178,6 +179,9 @@ func (s *Store) connect(ctx context.Context) error {
 	if err := s.conn.QueryRowContext(ctx, "SELECT count(*) FROM counters").Scan(&n); err != nil {
 		return fmt.Errorf("%w: %w; %s", ledger.ErrDamaged, err, advice)
 	}
+	if err := migrate(ctx, s.conn, s.log, int(version)); err != nil {
+		return fmt.Errorf("migrate: %w", err)
+	}
 	if _, err := s.conn.ExecContext(ctx, "PRAGMA busy_timeout=0"); err != nil {
 		return err
 	}
@@ -235,9 +239,9 @@ func checkIdentity(app, version uint32) error {
 	switch {
 	case app != applicationID:
 		return fmt.Errorf("%w: an SQLite file of another program (application id %#x); %s", ledger.ErrDamaged, app, advice)
-	case version > schemaVersion:
+	case version > uint32(schemaVersion):
 		return fmt.Errorf("%w: schema %d, this release knows %d: run the newer release, or point it to another file", ledger.ErrNewerSchema, version, schemaVersion)
-	case version != schemaVersion:
+	case version < 1:
 		return fmt.Errorf("%w: schema %d was never used; %s", ledger.ErrDamaged, version, advice)
 	}
 	return nil
@@ -276,9 +280,36 @@ func fill(ctx context.Context, path string) (err error) {
 	}
 	db.SetMaxOpenConns(1)
 	defer func() { err = errors.Join(err, db.Close()) }()
-	script := "BEGIN;" + schema +
+	script := "BEGIN;" + schema + strings.Join(migrations[:], "") +
 		"PRAGMA application_id=" + strconv.Itoa(applicationID) + ";PRAGMA user_version=" + strconv.Itoa(schemaVersion) + ";COMMIT"
 	_, err = db.ExecContext(ctx, script)
+	return err
+}
+
+// migrate brings the file up to this release's version. Of several processes
+// that do this at once the first does it; the others wait and find it done.
+func migrate(ctx context.Context, conn *sql.Conn, log *slog.Logger, version int) (err error) {
+	if version == schemaVersion {
+		return nil
+	}
+	if _, err := conn.ExecContext(ctx, "BEGIN IMMEDIATE"); err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			_, _ = conn.ExecContext(context.WithoutCancel(ctx), "ROLLBACK") // the first error counts
+		}
+	}()
+	if err := conn.QueryRowContext(ctx, "PRAGMA user_version").Scan(&version); err != nil {
+		return err
+	}
+	for ; version < schemaVersion; version++ {
+		if _, err := conn.ExecContext(ctx, migrations[version-1]+"PRAGMA user_version="+strconv.Itoa(version+1)); err != nil {
+			return err
+		}
+		log.Info("ledger brought to a newer version", "version", version+1)
+	}
+	_, err = conn.ExecContext(ctx, "COMMIT")
 	return err
 }
 

@@ -329,7 +329,7 @@ func TestRefusedAndLeftAsItIs(t *testing.T) {
 		data []byte
 		want error
 	}{
-		"newer schema":      {change(60, 0, 0, 0, 2), ledger.ErrNewerSchema},
+		"newer schema":      {change(60, 0, 0, 0, 99), ledger.ErrNewerSchema},
 		"empty":             {nil, ledger.ErrDamaged},
 		"shorter":           {whole[:50], ledger.ErrDamaged},
 		"garbage":           {garbage, ledger.ErrDamaged},
