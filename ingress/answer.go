@@ -107,11 +107,11 @@ func (t *transaction) stream(api *upstream.Exchange, resp *wire.Response, part [
 	// is over: a request without one would be sent again while this one is answered.
 	patience := deadline.Add(t.rt.Policy.Grace / 2)
 	latest := patience.Add(t.rt.Policy.Grace / 4)
-	var left atomic.Bool // the client did, and nobody needs the rest
+	var left atomic.Bool // the client did, or has said all that it has to say
 	if t.captured {
 		t.x.WriteLimit(patience)
 	} else {
-		defer t.x.Watch(func() { left.Store(true); api.Interrupt() })()
+		defer t.x.Watch(func() { left.Store(true); api.Interrupt(time.Now().Add(leftPause)) })()
 	}
 	gone := false
 	for {
@@ -132,11 +132,14 @@ func (t *transaction) stream(api *upstream.Exchange, resp *wire.Response, part [
 		case latest.Before(deadline):
 			deadline = latest
 		}
-		_ = api.Extend(deadline) // a failure shows in the next read
-		if !t.captured && (gone || left.Load()) {
+		if !t.captured && gone {
 			t.errText = "the client left"
 			t.x.Abort()
 			return
+		}
+		_ = api.Extend(deadline) // a failure shows in the next read
+		if left.Load() {
+			_ = api.Extend(earlier(deadline, now.Add(leftPause)))
 		}
 		n, err := api.Read(t.b.answer)
 		now = time.Now()
@@ -160,6 +163,18 @@ func (t *transaction) stream(api *upstream.Exchange, resp *wire.Response, part [
 			return
 		}
 	}
+}
+
+// leftPause bounds the pauses of a stream whose client has closed its side. It
+// may be there to the end of the answer, which a part that is written to it
+// tells; when nothing is written, nobody would ever know.
+const leftPause = 2 * time.Second
+
+func earlier(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return a
+	}
+	return b
 }
 
 // writeHead begins the answer with the API's status and fields.

@@ -166,9 +166,9 @@ func (x *Exchange) Extend(deadline time.Time) error {
 	return nil
 }
 
-// Interrupt makes the call that waits for the API fail at once, and those after
-// it until Extend. It may be called by another goroutine, until Close.
-func (x *Exchange) Interrupt() { _ = x.c.SetDeadline(time.Unix(1, 0)) }
+// Interrupt makes the call that waits for the API fail at the given time, and
+// those after it until Extend. It may be called by another goroutine, until Close.
+func (x *Exchange) Interrupt(at time.Time) { _ = x.c.SetDeadline(at) }
 
 // Answer reads the head of the final answer. Interim ones (1xx) are handed to
 // interim, if it is not nil, as they come. 101 is final where the request asked

@@ -100,7 +100,7 @@ func (x *Exchange) End(trailer wire.Fields) error {
 }
 
 // Watch calls left, at most once and from another goroutine, when the client
-// closes its connection or resets its stream before stop is called. stop waits
+// closes its side of the connection or resets its stream before stop is called. stop waits
 // for a call that is under way. The body must have been read; without that, or
 // when the client has sent its next request already, nothing is watched.
 func (x *Exchange) Watch(left func()) (stop func()) { return x.peer.watch(left) }
