@@ -128,7 +128,7 @@ func (b *Body) chunked(p []byte) (n int, err error) {
 			}
 			continue
 		}
-		if n > 0 && !b.lineBuffered() {
+		if n > 0 && !b.nextBuffered() {
 			return n, nil
 		}
 		if b.place == atTrailer {
@@ -141,11 +141,14 @@ func (b *Body) chunked(p []byte) (n int, err error) {
 	return n, nil
 }
 
-// lineBuffered reports whether the line that comes next is here already, after
-// the end of a chunk's data where that is to come.
-func (b *Body) lineBuffered() bool {
+// nextBuffered reports whether what comes next is here already: the next size,
+// after the end of a chunk's data where that is to come, or all trailers.
+func (b *Body) nextBuffered() bool {
 	buf := b.r.Buffered()
-	if b.place == atEnd {
+	switch b.place {
+	case atTrailer:
+		return bytes.HasPrefix(buf, crlfcrlf[:2]) || bytes.Contains(buf, crlfcrlf)
+	case atEnd:
 		buf = buf[min(len("\r\n"), len(buf)):]
 	}
 	return bytes.IndexByte(buf, '\n') >= 0
@@ -220,8 +223,11 @@ digits:
 func (b *Body) readTrailer() error {
 	section, err := b.r.Head(b.limit)
 	if err != nil {
-		if err == io.EOF {
+		switch err {
+		case io.EOF:
 			err = io.ErrUnexpectedEOF
+		case ErrHeadTooLarge:
+			err = &SyntaxError{Status: 431, Reason: "the trailer section has more than the " + strconv.Itoa(b.limit) + " bytes that are allowed"}
 		}
 		return err
 	}

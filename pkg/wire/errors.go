@@ -16,7 +16,7 @@ type SyntaxError struct {
 // Error gives the reason.
 func (e *SyntaxError) Error() string { return e.Reason }
 
-// ErrHeadTooLarge is a head, or a trailer section, above its limit.
+// ErrHeadTooLarge is the head of an answer above its limit.
 var ErrHeadTooLarge = errors.New("the head is too large")
 
 // bad is the error of a message that is not valid HTTP.

@@ -241,7 +241,7 @@ func parseFields(dst Fields, s string, most int, lenient bool) (Fields, error) {
 			if !only(folded, valueByte) {
 				return dst, bad("a field value holds a control character")
 			}
-			dst[len(dst)-1].Value += " " + folded
+			dst[len(dst)-1].Value = trim(dst[len(dst)-1].Value + " " + folded)
 			continue
 		}
 		name, value, ok := strings.Cut(line, ":")

@@ -17,7 +17,8 @@ type Reader struct {
 	r, w int
 }
 
-// NewReader makes a reader without buffer; it gets one when it first needs it.
+// NewReader makes a reader without buffer; it gets one when it first needs it. An
+// error of src must come back with its next read.
 func NewReader(src io.Reader) *Reader { return &Reader{src: src} }
 
 // Buffered gives what was read and not yet used. It is valid until the next call.
@@ -67,11 +68,23 @@ func (r *Reader) more(limit int) error {
 	return err
 }
 
-// Read reads what is buffered, or once from the source.
+// Read reads what is buffered, or once from the source. It never gives bytes and
+// an error at once: whoever counts bytes would take the end of the source, which a
+// TLS connection gives with the last ones, for the end of what it counts.
 func (r *Reader) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
 	if r.r == r.w {
 		if len(p) >= BufferBytes {
-			return r.src.Read(p)
+			n, err := r.src.Read(p)
+			switch {
+			case n > 0:
+				err = nil // it comes back with the next read
+			case err == nil:
+				err = io.ErrNoProgress
+			}
+			return n, err
 		}
 		if err := r.more(BufferBytes); err != nil {
 			return 0, err

@@ -24,8 +24,9 @@ type Request struct {
 
 // ReadRequest reads a head of at most limit bytes with at most fields fields into
 // req, whose slices are used again. The error is a *SyntaxError where the head is
-// not taken, else that of [Reader.Head].
+// not taken, else that of [Reader.Head]; req then holds what was read before it.
 func ReadRequest(r *Reader, req *Request, limit, fields int) error {
+	req.Reset()
 	head, err := r.Head(limit)
 	if err == nil && len(head) == 2 && head[0] == '\r' {
 		// One empty line before a request is ignored (RFC 9112 section 2.2).
@@ -40,9 +41,13 @@ func ReadRequest(r *Reader, req *Request, limit, fields int) error {
 	return req.parse(string(head), fields)
 }
 
-// parse reads a whole head.
-func (req *Request) parse(head string, fields int) error {
+// Reset empties req but for the room of its slices.
+func (req *Request) Reset() {
 	*req = Request{Fields: req.Fields[:0], Nominated: req.Nominated[:0]}
+}
+
+// parse reads a whole head into an empty request.
+func (req *Request) parse(head string, fields int) error {
 	line, rest, err := cutLine(head, false)
 	if err != nil {
 		return err
@@ -92,9 +97,9 @@ func (req *Request) parseLine(line string) error {
 // maxHost is more than a host and a port have (RFC 1035 section 2.3.4).
 const maxHost = 256 + len(":65535")
 
-// validHost reports whether s is a host with an optional port (RFC 3986 section
+// ValidHost reports whether s is a host with an optional port (RFC 3986 section
 // 3.2.2): a name, an IPv4 address, or an IPv6 one in brackets.
-func validHost(s string) bool {
+func ValidHost(s string) bool {
 	if len(s) > maxHost {
 		return false
 	}
@@ -104,7 +109,7 @@ func validHost(s string) bool {
 		if end < 0 {
 			return false
 		}
-		if host, port = s[1:end], s[end+1:]; !only(host, hostByte) || !strings.Contains(host, ":") {
+		if host, port = s[1:end], s[end+1:]; !only(host, hostByte) || !strings.Contains(host, ":") || strings.Contains(host, "[") {
 			return false
 		}
 	} else {
@@ -151,7 +156,7 @@ func (req *Request) interpret() error {
 			if hosts++; hosts > 1 {
 				return bad("there is more than one Host field")
 			}
-			if f.Value != "" && !validHost(f.Value) {
+			if f.Value != "" && !ValidHost(f.Value) {
 				return bad("the Host field is not a host with an optional port")
 			}
 			req.Host = f.Value
@@ -264,7 +269,7 @@ func (req *Request) resolveTarget() error {
 	} else if req.Method == "OPTIONS" {
 		path = "*" // RFC 9112 section 3.2.4
 	}
-	if !validHost(authority) {
+	if !ValidHost(authority) {
 		return bad("the target names no host")
 	}
 	if req.Minor == 0 && req.Host == "" {
