@@ -142,6 +142,11 @@ type keptAlive struct {
 	dials int
 }
 
+// keeping is a client of a connection that there is already.
+func keeping(addr string, nc net.Conn) *keptAlive {
+	return &keptAlive{addr: addr, nc: nc, br: bufio.NewReader(nc), dials: 1}
+}
+
 // post sends a request and reads the whole answer.
 func (c *keptAlive) post(ctx context.Context, target, body string) (a edge.Answer, err error) {
 	if c.nc != nil && hasEnded(c.nc) {
