@@ -4,31 +4,66 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
+	"time"
+
+	"github.com/google/uuid"
 
 	"github.com/holdfast-io/holdfast/pkg/capture"
 	"github.com/holdfast-io/holdfast/pkg/ledger"
 )
 
-// attempt sends one begun request and hands its result to the writer.
-func (r *runner) attempt(begin, flight context.Context, c ledger.Candidate, b ledger.Begun) {
-	defer func() { <-r.places }()
+// attempt sends one begun request, hands its result to the writer, and tells
+// the pass.
+func (r *runner) attempt(begin, flight context.Context, it *item) {
+	defer r.flying.Done()
+	b := it.begun
 	a := capture.Attempt{Number: b.Attempt, Run: r.run.ID, StartedAt: r.Clock.Now().UTC()}
-	up, err := r.Upstreams.For(c.Route)
-	got, sent := answer{err: err}, false
-	if err == nil {
-		got, sent = r.send(begin, flight, up, c, b, a)
-	}
+	got, sent := r.send(begin, flight, it.up, it.c, b, a)
 	a.EndedAt = r.Clock.Now().UTC()
 	a.Status = got.status
 	if got.err != nil {
 		a.Error = got.err.Error()
 	}
-	a.Verdict = c.Policy.Verdict(got.status, got.whole, true)
+	a.Verdict = it.c.Policy.Verdict(got.status, got.whole, true)
 	if sent {
 		r.tally.sent()
-		r.shape(r.gates.before(up), got)
 	}
+	// Its place is free once the writer has room: results do not pile up.
 	r.writer.add(ledger.Ended{ID: b.ID, Token: b.Token, Attempt: a})
+	r.post(event{id: b.ID, landed: true, sent: sent, got: got, verdict: a.Verdict, began: a.StartedAt, ended: a.EndedAt})
+}
+
+// event is what became of an attempt: it has landed, and its result was written.
+// Both come in any order.
+type event struct {
+	id           uuid.UUID
+	landed       bool // else written
+	sent         bool
+	got          answer
+	verdict      capture.Verdict
+	began, ended time.Time
+	lost         bool // not written: the lease was somebody else's
+}
+
+// post hands an event to the pass. It never waits.
+func (r *runner) post(e event) {
+	r.eventsMu.Lock()
+	r.events = append(r.events, e)
+	r.eventsMu.Unlock()
+	select {
+	case r.signal <- struct{}{}:
+	default:
+	}
+}
+
+// take gives the events that have come.
+func (r *runner) take() []event {
+	r.eventsMu.Lock()
+	defer r.eventsMu.Unlock()
+	events := r.events
+	r.events = nil
+	return events
 }
 
 // send sends unless that is no longer allowed.
@@ -49,12 +84,23 @@ func (r *runner) send(begin, flight context.Context, up *Upstream, c ledger.Cand
 }
 
 // shape lets an answer shape the pace at which its API is sent to.
-func (r *runner) shape(gate *gate, got answer) {
-	switch wait, ok := waitOf(got.retryAfter, r.Clock.Now()); {
+func (r *runner) shape(it *item, took time.Duration) {
+	gate, got := it.lane.gate, &it.got
+	wait, asked := waitOf(got.retryAfter, r.Clock.Now())
+	asked = asked && (got.status == http.StatusTooManyRequests || got.status == http.StatusServiceUnavailable)
+	switch {
+	case got.overload():
+		gate.window.overloaded(it.number)
+	case got.whole && got.death() == "":
+		gate.window.answered(took)
+	}
+	switch {
 	case got.unconnected:
 		gate.refused()
-	case ok && (got.status == 429 || got.status == 503):
+	case asked:
 		gate.askedToWait(wait)
+	case got.death() != "":
+		gate.died()
 	case got.whole:
 		gate.answered()
 	}
@@ -63,6 +109,7 @@ func (r *runner) shape(gate *gate, got answer) {
 // wrote counts a result that is in the ledger, or that somebody else's lease
 // kept out of it.
 func (r *runner) wrote(e ledger.Ended, lost bool) {
+	r.post(event{id: e.ID, lost: lost})
 	if lost {
 		r.Logger.Warn("result came after the lease was lost", "request_id", e.ID, "attempt", e.Attempt.Number)
 		return

@@ -117,7 +117,7 @@ func (a *app) interrupted() (int, bool) {
 	return 128 + int(number), number != 0
 }
 
-var errNoCommand = errors.New("a command is needed: plan, run, runs, discard, quarantine, export or import")
+var errNoCommand = errors.New("a command is needed: plan, run, runs, discard or quarantine")
 
 func (a *app) root() *cobra.Command {
 	root := &cobra.Command{
@@ -134,7 +134,7 @@ func (a *app) root() *cobra.Command {
 	a.does(root, func(v *values, args []string) func(context.Context) error {
 		switch {
 		case len(args) > 0:
-			v.problems = append(v.problems, fmt.Sprintf("%q is not a command; there are plan, run, runs, discard, quarantine, export and import", args[0]))
+			v.problems = append(v.problems, fmt.Sprintf("%q is not a command; there are plan, run, runs, discard and quarantine", args[0]))
 		case !*check:
 			v.problems = append(v.problems, errNoCommand.Error())
 		}
@@ -144,7 +144,6 @@ func (a *app) root() *cobra.Command {
 		}
 	})
 	root.AddCommand(a.planCommand(), a.runCommand(), a.runsCommand(), a.discardCommand(), a.quarantineCommand())
-	root.AddCommand(a.exportCommand(), a.importCommand())
 
 	help := root.HelpFunc()
 	root.SetHelpFunc(func(cmd *cobra.Command, args []string) {
@@ -167,11 +166,6 @@ func (a *app) does(cmd *cobra.Command, read func(v *values, args []string) func(
 		work := read(v, args)
 		v.problems = append(v.problems, problemsOf(service.Load(&a.settings, false))...)
 		v.problems = append(v.problems, a.loadRoutes()...)
-		for _, name := range notOffered {
-			if environment(service.ReplayName(name)) != "" {
-				v.problems = append(v.problems, service.ReplayName(name)+": is not offered yet")
-			}
-		}
 		if len(v.problems) > 0 {
 			return &usageError{problems: v.problems}
 		}
@@ -256,7 +250,10 @@ func (a *app) planCommand() *cobra.Command {
 				return err
 			}
 			s.Filter = toSend(s.Filter)
-			plan, err := MakePlan(ctx, store, s.Resolve(now), a.known(send), send.limit, send.rate)
+			plan, err := MakePlan(ctx, store, s.Resolve(now), PlanOptions{
+				Known: a.known(send), Limit: send.limit, Rate: send.rate,
+				OrderBy: send.OrderBy, PastBlocked: send.PastBlocked, OtherTarget: send.upstream != nil,
+			})
 			if err != nil {
 				return err
 			}
@@ -273,15 +270,17 @@ type sending struct {
 	rate               float64
 	fence              Fence
 	upstream           *url.URL
+	health             string
 }
 
 func (v *values) send() sending {
 	s := sending{
 		limit: v.whole("limit", 1, maxLimit), concurrency: v.whole("concurrency", 1, maxConcurrency),
-		rate: v.rate(), upstream: v.upstream(),
+		rate: v.rate(), upstream: v.upstream(), health: v.healthPath(),
 	}
 	s.Options = Options{
 		Concurrency: s.concurrency, Rate: s.rate, Limit: s.limit,
+		OrderBy: v.orderBy(), PastBlocked: v.yes("past-blocked"),
 		MaxAttempts: v.whole("max-attempts", 1, maxAttempts), Wait: v.duration("wait"), PauseLimit: v.duration("pause-limit"),
 	}
 	s.fence.Timeout = v.duration("fence-timeout")
@@ -374,13 +373,13 @@ func (a *app) upstreams(send sending) (interface {
 	Close()
 }, error) {
 	if send.upstream != nil {
-		o := UpstreamOptions{URL: send.upstream, CAFile: a.settings.UpstreamCAFile, MaxConns: send.concurrency}
+		o := UpstreamOptions{URL: send.upstream, CAFile: a.settings.UpstreamCAFile, MaxConns: send.concurrency, Health: send.health}
 		if !a.settings.PreserveHost {
 			o.Host = send.upstream.Host
 		}
 		return NewUpstream(o)
 	}
-	o := RoutesOptions{CAFile: a.settings.UpstreamCAFile, PreserveHost: a.settings.PreserveHost, MaxConns: send.concurrency}
+	o := RoutesOptions{CAFile: a.settings.UpstreamCAFile, PreserveHost: a.settings.PreserveHost, MaxConns: send.concurrency, Health: send.health}
 	if a.table != nil {
 		o.Routes = a.table.Routes()
 	} else {

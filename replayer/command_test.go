@@ -29,14 +29,14 @@ func TestEverythingThatIsWrongIsSaidAtOnce(t *testing.T) {
 	p := command(t, b, nowhere, "", "run", "--since", "yesterday", "--until=1h", "--state", "processed,lost", "--status", "600",
 		"--route", "A", "--path", "x", "--id", "1", "--limit", "0", "--rate=-1", "--concurrency", "many", "--bogus", "--output", "xml",
 		"-x", "something", "--upstream", "http://h/path", "--wait", "1")
-	p.Env = append(p.Env, "HOLDFAST_REPLAY_MAX_ATTEMPTS=none", "HOLDFAST_REPLAY_ORDER_BY=header:X", "HOLDFAST_LOG_LEVEL=loud", "HOLDFAST_SPOOL_DIRR=x")
+	p.Env = append(p.Env, "HOLDFAST_REPLAY_MAX_ATTEMPTS=none", "HOLDFAST_REPLAY_ORDER_BY=header:", "HOLDFAST_REPLAY_PAST_BLOCKED=perhaps", "HOLDFAST_REPLAY_HEALTH_PATH=healthz", "HOLDFAST_LOG_LEVEL=loud", "HOLDFAST_SPOOL_DIRR=x")
 	require.Equal(t, 2, p.code(t))
 	require.Empty(t, p.stdout.String())
 	for _, want := range []string{
 		`--since: "yesterday"`, `--state: "processed" requests cannot be chosen`, `--state: "lost"`, `--status: "600"`, `--route: "A"`,
 		`--path: "x"`, `--id: "1"`, `--limit: "0"`, `--rate: "-1"`, `--concurrency: "many"`, `--bogus: is not a flag`, `-x: is not a flag`,
 		`--output: "xml"`, `--upstream: has a path`, `--wait: "1"`, `HOLDFAST_REPLAY_MAX_ATTEMPTS: "none"`,
-		`HOLDFAST_REPLAY_ORDER_BY: is not offered yet`, `HOLDFAST_LOG_LEVEL: "loud"`, `HOLDFAST_SPOOL_DIRR: is not the name of a setting`,
+		`HOLDFAST_REPLAY_ORDER_BY: "header:" is not allowed`, `HOLDFAST_REPLAY_PAST_BLOCKED: "perhaps"`, `HOLDFAST_REPLAY_HEALTH_PATH: "healthz"`, `HOLDFAST_LOG_LEVEL: "loud"`, `HOLDFAST_SPOOL_DIRR: is not the name of a setting`,
 	} {
 		require.Contains(t, p.stderr.String(), want)
 	}
@@ -76,7 +76,7 @@ func TestHelpShowsEveryFlagAndSetting(t *testing.T) {
 	p := command(t, b, nowhere, "", "run", "--help")
 	require.Equal(t, 0, p.code(t))
 	help := p.stdout.String()
-	for _, flag := range strings.Fields("since until state status route method path id limit rate concurrency max-attempts upstream wait pause-limit fence-timeout ignore-ingress output") {
+	for _, flag := range strings.Fields("since until state status route method path id limit rate concurrency max-attempts order-by past-blocked upstream health-path wait pause-limit fence-timeout ignore-ingress output") {
 		require.Contains(t, help, "--"+flag+" ")
 		require.Contains(t, help, "HOLDFAST_REPLAY_"+strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))+")")
 	}

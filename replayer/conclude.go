@@ -17,6 +17,8 @@ import (
 func (r *runner) conclude(ctx context.Context, report *Report, err error) {
 	report.RunCounts, report.Failures = r.tally.read()
 	report.Unrouted = r.unrouted
+	report.Quarantined, report.Killers = r.convicted, r.killers
+	report.Pace = r.gates.pace(r.Concurrency)
 	report.EndedAt = r.Clock.Now().UTC()
 	report.Seconds = report.EndedAt.Sub(report.StartedAt).Seconds()
 	if report.Seconds > 0 {
@@ -39,6 +41,9 @@ func (r *runner) conclude(ctx context.Context, report *Report, err error) {
 	}
 	left, lerr := r.left(ctx)
 	report.Left = left
+	if lerr == nil {
+		report.Blocked, lerr = describeBlocks(ctx, r.Ledger, r.blocks)
+	}
 	if lerr == nil && report.End == EndFinished {
 		report.Newer, lerr = r.newer(ctx)
 	}

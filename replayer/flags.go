@@ -2,6 +2,7 @@ package replayer
 
 import (
 	"fmt"
+	"net/http"
 	"net/url"
 	"os"
 	"slices"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/holdfast-io/holdfast/pkg/capture"
 	"github.com/holdfast-io/holdfast/pkg/ledger"
+	"github.com/holdfast-io/holdfast/pkg/route"
 	"github.com/holdfast-io/holdfast/pkg/service"
 )
 
@@ -26,6 +28,7 @@ type flagInfo struct {
 	shown   string // of a default that is not plain
 	meaning string // the word in back quotes stands for the value
 	list    bool   // may be repeated
+	bool    bool   // stands alone
 }
 
 func filterFlags() []flagInfo {
@@ -47,7 +50,10 @@ func sendFlags() []flagInfo {
 		{name: "rate", def: "0", shown: "0, no limit", meaning: "send at most `N` requests a second"},
 		{name: "concurrency", def: "4", meaning: "have at most `N` requests in flight"},
 		{name: "max-attempts", def: "3", meaning: "send one request at most `N` times in this run"},
+		{name: "order-by", shown: "the key that was captured", meaning: "keep the order of requests with the same key: header:`NAME`, or none"},
+		{name: "past-blocked", def: "false", bool: true, meaning: "go on with a key though an earlier request of it is still open"},
 		{name: "upstream", shown: "the API of each request's route", meaning: "send to another system at `URL`: attempts change no state then"},
+		{name: "health-path", shown: "a connection is enough", meaning: "ask for `PATH` before requests that may have killed the API are sent: 2xx is well; for routes that name no health of their own"},
 		{name: "wait", def: "0s", meaning: "wait up to `D` for requests that match and cannot be sent yet"},
 		{name: "pause-limit", def: "5m", meaning: "pause for at most `D` while the API cannot be reached or asks to wait"},
 		{name: "fence-timeout", def: "30s", meaning: "wait for at most `D` until all completions have reached the ledger"},
@@ -58,9 +64,6 @@ func sendFlags() []flagInfo {
 var outputFlag = flagInfo{name: "output", def: "text", meaning: "report as `text` or json"}
 
 var reasonFlag = flagInfo{name: "reason", shown: "none, required", meaning: "why, as `TEXT`; it is kept with the request"}
-
-// notOffered are names that are reserved and mean nothing yet.
-var notOffered = []string{"order-by", "past-blocked"}
 
 // addFlags puts flags on a command, with default and setting in their help.
 func addFlags(cmd *cobra.Command, infos ...flagInfo) {
@@ -73,9 +76,12 @@ func addFlags(cmd *cobra.Command, infos ...flagInfo) {
 			shown = "none"
 		}
 		usage := fmt.Sprintf("%s (default: %s; %s)", i.meaning, shown, service.ReplayName(i.name))
-		if i.list {
+		switch {
+		case i.list:
 			cmd.Flags().StringArray(i.name, nil, usage)
-		} else {
+		case i.bool:
+			cmd.Flags().Bool(i.name, false, usage)
+		default:
 			cmd.Flags().String(i.name, "", usage)
 		}
 	}
@@ -189,6 +195,39 @@ func (v *values) list(name string) (list []string, label string) {
 		}
 	}
 	return list, label
+}
+
+func (v *values) yes(name string) bool {
+	text, label := v.text(name)
+	b, err := strconv.ParseBool(text)
+	if err != nil {
+		v.wrong(label, text, "is neither true nor false")
+	}
+	return b
+}
+
+// orderBy reads what requests are ordered by.
+func (v *values) orderBy() string {
+	text, label := v.text("order-by")
+	name, header := strings.CutPrefix(text, orderHeader)
+	switch {
+	case text == "", text == OrderNone:
+	case !header || name == "" || strings.ContainsFunc(name, func(c rune) bool { return c <= ' ' || c > '~' || c == ':' }):
+		v.wrong(label, text, "is not allowed; write header: and the name of a header, or none")
+	case header:
+		return orderHeader + http.CanonicalHeaderKey(name)
+	}
+	return text
+}
+
+func (v *values) healthPath() string {
+	text, label := v.text("health-path")
+	if text != "" {
+		if problem := route.CheckHealth(text); problem != "" {
+			v.wrong(label, text, "%s", problem)
+		}
+	}
+	return text
 }
 
 func (v *values) output() string {

@@ -19,19 +19,27 @@ type gate struct {
 	mu sync.Mutex
 	// until is when the API may be asked again.
 	until time.Time
-	// unreachable says that a connect failed, so that one must succeed before
-	// the next send.
+	// unreachable says that a probe must succeed before the next send.
 	unreachable bool
 	// shutSince is when the gate was shut after the last good answer; zero while
 	// all is well. The limit counts from it.
 	shutSince time.Time
 	tried     time.Time // when try was called last
+	// troubles are the times that the API seemed to die since its last answer.
+	troubles int
+
+	window window // of the goroutine that sends
 }
 
-// newGate makes a gate that asks for a connect before the first send: an API
-// that is down costs no attempt.
-func newGate(clock Clock, logger *slog.Logger, limit time.Duration) *gate {
-	return &gate{clock: clock, logger: logger, limit: limit, unreachable: true}
+// maxTroubles is how often an API may die without an answer in between and still
+// count as well before: several killers may stand side by side. A balancer whose
+// APIs are all gone accepts every connect, and proves nothing by it.
+const maxTroubles = 10
+
+// newGate makes a gate that asks for a probe before the first send: an API that
+// is down costs no attempt. most is how much may be in flight.
+func newGate(clock Clock, logger *slog.Logger, limit time.Duration, most int) *gate {
+	return &gate{clock: clock, logger: logger, limit: limit, unreachable: true, window: newWindow(most)}
 }
 
 // gates has a gate for each API. It is safe for concurrent use.
@@ -53,6 +61,18 @@ func (g *gates) before(u *Upstream) *gate {
 	return one
 }
 
+// pace says how much was in flight. Nothing is any more.
+func (g *gates) pace(concurrency int) Pace {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	p := Pace{Concurrency: concurrency}
+	for _, one := range g.of {
+		p.Reached = max(p.Reached, one.window.reached)
+		p.Cuts += one.window.cuts
+	}
+	return p
+}
+
 // refused shuts the gate until a connect succeeds.
 func (g *gate) refused() {
 	g.mu.Lock()
@@ -71,10 +91,37 @@ func (g *gate) askedToWait(d time.Duration) {
 	}
 }
 
+// died notes that an attempt ended as if the API had died: a probe must succeed
+// before the next send.
+func (g *gate) died() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !g.unreachable {
+		g.troubles++
+	}
+	g.unreachable = true
+}
+
+// doubt asks for a probe before the next send.
+func (g *gate) doubt() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.unreachable = true
+}
+
+// well reports whether the API was well when it was heard of last: an attempt
+// that begins now and ends with its death is suspect.
+func (g *gate) well() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return !g.unreachable && g.troubles < maxTroubles
+}
+
 // answered notes that the API works.
 func (g *gate) answered() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	g.troubles = 0
 	if !g.unreachable && !g.until.After(g.clock.Now()) {
 		g.shutSince = time.Time{}
 	}
@@ -100,8 +147,8 @@ const (
 	lastProbe  = 5 * time.Second
 )
 
-// try asks once whether the API may be sent to, and connects to it where a
-// connect must succeed first. It does not sleep. The error is that of wait.
+// try asks once whether the API may be sent to, and probes it where a
+// probe must succeed first. It does not sleep. The error is that of wait.
 func (g *gate) try(ctx context.Context, probe func(context.Context) error) (bool, error) {
 	g.mu.Lock()
 	g.tried = g.clock.Now()

@@ -1,9 +1,11 @@
 package replayer
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -55,6 +57,9 @@ type Plan struct {
 	PayloadExpired int64 `json:"payload_expired"`
 	// Unrouted counts those whose route is gone, by route.
 	Unrouted map[string]int64 `json:"unrouted,omitempty"`
+	// Blocked are those of Requests that wait for one of their key which a run
+	// would not send.
+	Blocked *Blocked `json:"blocked,omitempty"`
 	// Seconds is how long it takes at the given rate, 0 without one.
 	Seconds float64  `json:"estimate_seconds,omitempty"`
 	Sample  []Sample `json:"sample"` // the first ones
@@ -75,17 +80,35 @@ type Sample struct {
 // sampleSize is how many requests a plan shows.
 const sampleSize = 10
 
-// MakePlan counts what a run with this filter would send. known reports whether
-// there is a route with this name; without it all are known. It reads only, and
-// walks all that is open or asked for.
-func MakePlan(
-	ctx context.Context, l lister, filter ledger.Filter, known func(route string) bool, limit int, ratePerSecond float64,
-) (Plan, error) {
+// PlanOptions say how a run would send. The zero value is its default.
+type PlanOptions struct {
+	Known       func(route string) bool // whether there is such a route; nil: all are known
+	Limit       int
+	Rate        float64
+	OrderBy     string // as Options.OrderBy
+	PastBlocked bool
+	OtherTarget bool // where nothing is known of what is open
+}
+
+// planLedger is what a plan reads.
+type planLedger interface {
+	lister
+	payloads
+	getter
+}
+
+// MakePlan counts what a run with this filter would send. It reads only, and
+// walks all that is open or asked for; what is open twice where there are
+// ordering keys.
+func MakePlan(ctx context.Context, l planLedger, filter ledger.Filter, o PlanOptions) (Plan, error) {
 	p := Plan{
-		Filter: filter, Limit: limit,
+		Filter: filter, Limit: o.Limit,
 		Routes: make(map[string]int64), States: make(map[capture.State]int64), Statuses: make(map[string]int64),
 		Sample: []Sample{}, Unrouted: make(map[string]int64),
 	}
+	by := order(o.OrderBy)
+	var ordered []planned
+	var failed error
 	// What waits and what is quarantined matches all but the state. The listing
 	// decides about statuses, for it knows more of them than it gives.
 	wide, narrow := filter, filter
@@ -109,20 +132,71 @@ func MakePlan(
 			p.PayloadExpired++
 		case !narrow.Sendable(&q, 0):
 			p.Waiting++
-		case known != nil && !known(q.Route):
+		case o.Known != nil && !o.Known(q.Route):
 			p.Unrouted[q.Route]++
-		case limit > 0 && p.Requests >= int64(limit):
+		case o.Limit > 0 && p.Requests >= int64(o.Limit):
 		default:
 			p.add(q)
+			value, err := by.keyOf(ctx, l, &q)
+			if failed = cmp.Or(failed, err); value != "" {
+				ordered = append(ordered, planned{id: q.ID, key: orderKey{route: q.Route, value: value}})
+			}
 		}
 	})
-	if err != nil {
+	if err = cmp.Or(err, failed); err != nil {
 		return Plan{}, err
 	}
-	if ratePerSecond > 0 {
-		p.Seconds = float64(p.Requests) / ratePerSecond
+	if len(ordered) > 0 && !o.PastBlocked && !o.OtherTarget {
+		if err := p.block(ctx, l, by, ordered); err != nil {
+			return Plan{}, err
+		}
+	}
+	if o.Rate > 0 {
+		p.Seconds = float64(p.Requests) / o.Rate
 	}
 	return p, nil
+}
+
+// planned is a request with a key that would be sent.
+type planned struct {
+	id  uuid.UUID
+	key orderKey
+}
+
+// block finds out what would not go on.
+func (p *Plan) block(ctx context.Context, l planLedger, by order, ordered []planned) error {
+	blocks := make(map[orderKey]*block)
+	for _, one := range ordered {
+		blocks[one.key] = nil
+	}
+	open := newHolder(l, p.Filter)
+	for _, one := range ordered {
+		earlier, err := open.upTo(ctx, one.id)
+		if err != nil {
+			return err
+		}
+		for i := range earlier {
+			q := &earlier[i]
+			if q.ID == one.id {
+				continue
+			}
+			value, err := by.keyOf(ctx, l, q)
+			if err != nil {
+				return err
+			}
+			key := orderKey{route: q.Route, value: value}
+			if b, asked := blocks[key]; asked && b == nil {
+				blocks[key] = &block{head: q.ID}
+			}
+		}
+		if b := blocks[one.key]; b != nil {
+			b.behind++
+		}
+	}
+	maps.DeleteFunc(blocks, func(_ orderKey, b *block) bool { return b == nil })
+	var err error
+	p.Blocked, err = describeBlocks(ctx, l, blocks)
+	return err
 }
 
 func (p *Plan) add(q ledger.Request) {
@@ -172,6 +246,7 @@ func (p *Plan) WriteText(w io.Writer, concurrency int) error {
 		}
 	}
 	fmt.Fprintf(&b, "not sent   waiting %d, quarantined %d, payload gone %d\n", p.Waiting, p.Quarantined, p.PayloadExpired)
+	b.WriteString(p.Blocked.lines())
 	if len(p.Unrouted) > 0 {
 		fmt.Fprintf(&b, "no route   %s (would be left alone)\n", printable(counts(p.Unrouted)))
 	}

@@ -51,6 +51,14 @@ type Report struct {
 	// Unrouted counts, by route, requests that this process came across and left
 	// alone because their route is gone. They stay replayable.
 	Unrouted map[string]int64 `json:"unrouted,omitempty"`
+	// Blocked are requests that wait for an earlier one of their key, as this
+	// process left them.
+	Blocked *Blocked `json:"blocked,omitempty"`
+	// Quarantined counts requests that this process found to kill the API; Killers
+	// are the first of them, at most [MaxFailures].
+	Quarantined int64    `json:"quarantined,omitempty"`
+	Killers     []Killer `json:"killers,omitempty"`
+	Pace        Pace     `json:"pace"`
 	// Newer is true when requests that came after the selection was frozen match
 	// the filter too.
 	Newer bool `json:"newer"`
@@ -68,6 +76,16 @@ type Report struct {
 	Reason   string    `json:"reason,omitempty"`
 	ExitCode int       `json:"exit_code"`
 	Next     []string  `json:"next,omitempty"`
+}
+
+// Pace is how much was in flight to the API, or to the one of several that took
+// the most.
+type Pace struct {
+	Concurrency int `json:"concurrency"` // allowed
+	Reached     int `json:"reached"`
+	// Cuts is how often it was halved, over all APIs: by 429, 503, 504, or for want
+	// of an answer.
+	Cuts int `json:"cuts"`
 }
 
 // LeftCounts is what is left of a selection.
@@ -160,6 +178,9 @@ func (r *Report) next() []string {
 	if len(r.Unrouted) > 0 {
 		steps = append(steps, "put the routes that are gone back into HOLDFAST_ROUTES_FILE and run it again, or give their requests up with discard --route")
 	}
+	if r.Blocked != nil {
+		steps = append(steps, "look at the heads of the blocked keys: what they name has to be mended; or give the heads up with discard --id, or go on without them with run --past-blocked")
+	}
 	if r.End == EndFinished && r.Left.Replayable > r.gone() {
 		steps = append(steps, "mend what the failures name, then run it again: each run has its own attempts")
 	}
@@ -201,6 +222,14 @@ func (r *Report) WriteText(w io.Writer) error {
 		r.Processed, r.Failed, r.Rejected, r.Unknown, r.Skipped)
 	fmt.Fprintf(&b, "left       replayable %d, waiting %d, quarantined %d, rejected %d\n",
 		r.Left.Replayable, r.Left.Waiting, r.Left.Quarantined, r.Left.Rejected)
+	fmt.Fprintf(&b, "pace       %d of %d in flight, cut %d times\n", r.Pace.Reached, r.Pace.Concurrency, r.Pace.Cuts)
+	b.WriteString(r.Blocked.lines())
+	if r.Quarantined > 0 {
+		fmt.Fprintf(&b, "killers    %d put into quarantine\n", r.Quarantined)
+		for _, k := range r.Killers {
+			fmt.Fprintf(&b, "  %s  %s\n", k.ID, printable(k.Evidence))
+		}
+	}
 	if len(r.Unrouted) > 0 {
 		fmt.Fprintf(&b, "no route   %s (left alone)\n", printable(counts(r.Unrouted)))
 	}

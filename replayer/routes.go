@@ -1,6 +1,7 @@
 package replayer
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -19,6 +20,8 @@ type RoutesOptions struct {
 	CAFile string
 	// PreserveHost leaves the captured Host header; else each API sees its own.
 	PreserveHost bool
+	// Health is the path of an API's health where its route names none.
+	Health string
 	// MaxConns is how many connections there may be to one API.
 	MaxConns int
 }
@@ -42,7 +45,7 @@ func NewRoutes(o RoutesOptions) (*Routes, error) {
 			rs.Close()
 			return nil, fmt.Errorf("route %s: %w", r.Name, err)
 		}
-		up := &Upstream{api: shared.api}
+		up := &Upstream{api: shared.api, health: cmp.Or(r.Health, o.Health)}
 		if !o.PreserveHost {
 			up.host = r.Upstream.Host
 		}

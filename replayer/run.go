@@ -24,6 +24,8 @@ type Ledger interface {
 	payloads
 	lister
 	Now(ctx context.Context) (time.Time, error)
+	getter
+	Quarantine(ctx context.Context, id uuid.UUID, reason, detail string) error
 	Run(ctx context.Context, id string) (ledger.Run, error)
 	Runs(ctx context.Context, cursor string, limit int) ([]ledger.Run, string, error)
 }
@@ -55,7 +57,13 @@ type Options struct {
 	// then attempts change no state.
 	Target string
 	// Owner names this process among those that hold runs.
-	Owner       string
+	Owner string
+	// OrderBy says by which key requests keep their order: empty for the one that
+	// was captured, OrderNone for none, "header:NAME" for the value of a header.
+	// The route is part of every key.
+	OrderBy string
+	// PastBlocked goes on with a key though an earlier request of it is open.
+	PastBlocked bool
 	Concurrency int           // requests in flight, default 4
 	Rate        float64       // sends per second, 0 is unlimited
 	MaxAttempts int           // of one request in this run, default 3
@@ -101,18 +109,13 @@ const (
 	// attempt holds: for a begun attempt to be sent and its result to be written,
 	// by a ledger that may be busy for some seconds.
 	leaseMargin = 10 * time.Second
-	// pageSize and pageAge bound how much, and for how long, is sent behind one
-	// passage of the fence; fenceAge how long ago that may have begun.
-	pageSize = 200
-	pageAge  = 2 * time.Second
-	fenceAge = 5 * time.Second
-	// beginBatch bounds how many attempts one transaction begins. All of them
-	// have a free place, so that they are sent at once.
-	beginBatch = 64
 	// Delays between passes: what failed is tried again after the first, and
 	// twice as long each time.
 	firstBackoff = time.Second
 	lastBackoff  = 30 * time.Second
+	// shortBackoff is the delay where nothing has failed: some wait for a
+	// completion event that is on its way, or for another run.
+	shortBackoff = 100 * time.Millisecond
 	// waitPoll is how often a waiting run looks whether something has become
 	// replayable.
 	waitPoll = time.Second
@@ -131,10 +134,16 @@ type runner struct {
 	writer  *writer
 	gates   gates
 	limiter *rate.Limiter
-	places  chan struct{} // one element for each request in flight
+	order   order
 	tally   tally
-	turn    bool                    // the rate's, for the next request
-	halt    context.CancelCauseFunc // nothing more is begun, for the given cause
+
+	flying   sync.WaitGroup // attempts
+	signal   chan struct{}  // something was posted
+	eventsMu sync.Mutex
+	events   []event
+
+	turn bool                    // the rate's, for the next request
+	halt context.CancelCauseFunc // nothing more is begun, for the given cause
 
 	mu      sync.Mutex // of Progress and total
 	total   int64
@@ -146,6 +155,13 @@ type runner struct {
 	given    map[*api]error     // APIs that were away for too long, and why
 	unrouted map[string]int64   // requests whose route is gone, by route; nil without any
 	counted  uuid.UUID          // the highest of them
+
+	blocks      map[orderKey]*block      // of the last pass
+	suspects    map[uuid.UUID]*suspicion // requests that may have killed an API
+	unexplained map[uuid.UUID]*suspicion // of those, whose last death nothing explains
+	guilty      map[uuid.UUID]struct{}   // killers of another target, which are not sent again
+	killers     []Killer                 // the first ones
+	convicted   int64
 }
 
 // Run makes or picks up a run and works on it until its selection has been gone
@@ -192,11 +208,12 @@ func Run(ctx context.Context, o Options) (Report, error) {
 	r := &runner{
 		Options: o, run: found.run, lease: found.lease, halt: halt,
 		gates: gates{
-			make: func() *gate { return newGate(o.Clock, o.Logger, o.PauseLimit) },
+			make: func() *gate { return newGate(o.Clock, o.Logger, o.PauseLimit, o.Concurrency) },
 			of:   make(map[*api]*gate),
 		},
 		aside: make(map[*api]*Upstream), given: make(map[*api]error),
-		places: make(chan struct{}, o.Concurrency),
+		order: order(o.OrderBy), signal: make(chan struct{}, 1),
+		suspects: make(map[uuid.UUID]*suspicion), unexplained: make(map[uuid.UUID]*suspicion), guilty: make(map[uuid.UUID]struct{}),
 	}
 	if o.Rate > 0 {
 		// A burst of a twentieth of a second: even pacing below 20 a second, and
@@ -235,7 +252,7 @@ func Run(ctx context.Context, o Options) (Report, error) {
 	if cause := context.Cause(begin); cause != nil {
 		err = cause
 	}
-	r.drain()
+	r.flying.Wait()
 	r.writer.close()
 	stopKeeping()
 	keeper.Wait()
@@ -261,21 +278,27 @@ func (r *runner) fenced(ctx context.Context) error {
 func (r *runner) passes(begin, flight context.Context) error {
 	backoff, patience := firstBackoff, r.Wait
 	for {
-		begun, err := r.pass(begin, flight)
+		p, err := r.pass(begin, flight)
 		if err != nil {
 			return err
 		}
-		r.drain()
 		again, err := r.anything(begin)
 		if err != nil {
 			return err
 		}
-		if again && begun > 0 {
+		if again && p.begun > 0 {
 			// Some have failed and have attempts left. Those that were put aside
 			// have not: they need not wait for longer than their API asks.
 			wait, rest := backoff, time.Duration(0)
-			if len(r.aside) > 0 {
+			switch {
+			case len(r.aside) > 0:
 				wait, rest = firstBackoff, backoff-firstBackoff
+			case p.failed == 0 && len(p.left) > 0:
+				continue // there is more behind the keys that went on
+			case p.failed == 0:
+				wait = shortBackoff
+			case len(p.left) > 0:
+				wait = firstBackoff
 			}
 			if err := r.Clock.Sleep(begin, wait); err != nil {
 				return err
@@ -284,7 +307,7 @@ func (r *runner) passes(begin, flight context.Context) error {
 			if err != nil {
 				return err
 			}
-			if !opened {
+			if !opened && p.failed > 0 {
 				backoff = min(backoff*2, lastBackoff)
 			}
 			continue
@@ -296,7 +319,13 @@ func (r *runner) passes(begin, flight context.Context) error {
 			}
 			continue
 		}
-		if more, err := r.await(begin, &patience, again); err != nil || !more {
+		held := false
+		if again && patience > 0 {
+			if held, err = p.hopeful(begin); err != nil {
+				return err
+			}
+		}
+		if more, err := r.await(begin, &patience, held); err != nil || !more {
 			return errors.Join(append([]error{err}, slices.Collect(maps.Values(r.given))...)...)
 		}
 	}
@@ -392,7 +421,7 @@ func (r *runner) await(ctx context.Context, patience *time.Duration, held bool) 
 func (r *runner) anything(ctx context.Context) (bool, error) {
 	after := uuid.Nil
 	for {
-		page, err := r.selectPage(ctx, after)
+		page, err := r.selectPage(ctx, after, r.MaxAttempts)
 		if err != nil {
 			return false, err
 		}
@@ -445,6 +474,9 @@ func (r *runner) routed(page []ledger.Candidate) ([]ledger.Candidate, error) {
 
 // admits reports whether a request may be begun now.
 func (r *runner) admits(c ledger.Candidate) bool {
+	if _, guilty := r.guilty[c.ID]; guilty {
+		return false
+	}
 	up, err := r.upstream(c)
 	return err == nil && up != nil && r.aside[up.api] == nil && r.given[up.api] == nil && r.within(c.ID)
 }
@@ -461,58 +493,6 @@ func (r *runner) within(id uuid.UUID) bool {
 // beyond reports whether the limit lets nothing after id be begun.
 func (r *runner) beyond(id uuid.UUID) bool {
 	return r.touched != nil && len(r.touched) >= r.Limit && bytes.Compare(id[:], r.highest[:]) >= 0
-}
-
-// pass goes through the selection once, page by page, each behind its own
-// passage of the fence, and says how many attempts it has begun.
-func (r *runner) pass(begin, flight context.Context) (int, error) {
-	total := 0
-	after := uuid.Nil
-	clear(r.aside)
-	passage := r.passFence(begin)
-	defer func() { passage.abandon() }()
-	for {
-		if err := passage.wait(begin); err != nil {
-			return total, err
-		}
-		page, err := r.selectPage(begin, after)
-		if err != nil || len(page) == 0 {
-			return total, err
-		}
-		routed, err := r.routed(page)
-		if err != nil {
-			return total, err
-		}
-		// The next page's fence costs no throughput while this page is sent.
-		passage = r.passFence(begin)
-		last := page[len(page)-1].ID
-		cut := false
-		if len(routed) > 0 {
-			n, upTo, err := r.page(begin, flight, routed)
-			total += n
-			if err != nil {
-				return total, err
-			}
-			if upTo != routed[len(routed)-1].ID {
-				last, cut = upTo, true
-			}
-		}
-		if len(page) < pageSize && !cut || r.beyond(last) {
-			return total, nil
-		}
-		if err := r.look(begin); err != nil {
-			return total, err
-		}
-		if r.since(passage.began) >= fenceAge {
-			// The run has paused meanwhile.
-			passage.abandon()
-			passage = r.passFence(begin)
-		}
-		if cut && last == uuid.Nil {
-			continue // nothing of it was sent
-		}
-		after = last
-	}
 }
 
 func (r *runner) since(t time.Time) time.Duration { return r.Clock.Now().Sub(t) }

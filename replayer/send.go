@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/google/uuid"
@@ -43,6 +44,9 @@ type UpstreamOptions struct {
 	CAFile string
 	// Host replaces the captured Host header; empty leaves it.
 	Host string
+	// Health is the path that answers GET with 2xx while the API is well; empty
+	// means that an API is well that accepts connections.
+	Health string
 	// MaxConns is how many connections there may be: as many as requests are
 	// sent at a time.
 	MaxConns int
@@ -52,13 +56,15 @@ type UpstreamOptions struct {
 // the requests that it gets. It is safe for concurrent use.
 type Upstream struct {
 	*api
-	host string   // replaces the captured one unless empty
-	set  []header // replace captured ones
+	host   string   // replaces the captured one unless empty
+	set    []header // replace captured ones
+	health string   // path of the API's health, empty where it has none
 }
 
 // api is what the upstreams of several routes may share.
 type api struct {
 	pool *upstream.Pool
+	base string // scheme and host
 	addr string
 	tls  *tls.Config // nil for http
 }
@@ -75,7 +81,7 @@ const idleTimeout = time.Second
 
 // NewUpstream reads the certificates and makes the pool. It does not connect.
 func NewUpstream(o UpstreamOptions) (*Upstream, error) {
-	a := &api{addr: o.URL.Host}
+	a := &api{base: o.URL.Scheme + "://" + o.URL.Host, addr: o.URL.Host}
 	if o.URL.Port() == "" {
 		a.addr = net.JoinHostPort(o.URL.Hostname(), map[string]string{"http": "80", "https": "443"}[o.URL.Scheme])
 	}
@@ -99,7 +105,7 @@ func NewUpstream(o UpstreamOptions) (*Upstream, error) {
 		return nil, fmt.Errorf("make upstream: %w", err)
 	}
 	a.pool = pool
-	return &Upstream{api: a, host: o.Host}, nil
+	return &Upstream{api: a, host: o.Host, health: o.Health}, nil
 }
 
 // For makes one upstream the upstream of every route.
@@ -111,15 +117,47 @@ func (u *Upstream) Several() bool { return false }
 // Close closes idle connections, to the API of all routes that share it.
 func (u *Upstream) Close() { u.pool.Close() }
 
-// probeTimeout bounds one probing connect. An API that takes longer to accept
-// is not one to send thousands of requests to.
+// probeTimeout bounds one probe. An API that takes longer to accept, or to say
+// that it is well, is not one to send thousands of requests to.
 const probeTimeout = 5 * time.Second
 
-// Probe connects, TLS handshake included, and closes the connection. No byte of
-// a request is sent.
-func (a *api) Probe(ctx context.Context) error {
+// Probe asks whether the API is well: by its health path, where 2xx is well, else
+// by a connection.
+func (u *Upstream) Probe(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
+	if u.health == "" {
+		return u.connect(ctx)
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.base+u.health, http.NoBody)
+	if err != nil {
+		return err
+	}
+	req.Host = u.host
+	req.Header.Set("User-Agent", "holdfast-replayer")
+	// A connection of its own: one that was kept alive may have died with the API
+	// before.
+	client := http.Client{
+		Transport:     &http.Transport{DisableKeepAlives: true, TLSClientConfig: u.tls.Clone()},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		if inner := (*url.Error)(nil); errors.As(err, &inner) {
+			err = inner.Err
+		}
+		return fmt.Errorf("GET %s: %w", u.health, err)
+	}
+	_ = resp.Body.Close() // the status is all that counts
+	if resp.StatusCode < 200 || resp.StatusCode > 299 {
+		return fmt.Errorf("GET %s: status %d", u.health, resp.StatusCode)
+	}
+	return nil
+}
+
+// connect opens a connection, TLS handshake included, and closes it. No byte of a
+// request is sent.
+func (a *api) connect(ctx context.Context) error {
 	var dialer interface {
 		DialContext(ctx context.Context, network, addr string) (net.Conn, error)
 	} = &net.Dialer{}
@@ -148,7 +186,30 @@ type answer struct {
 	unconnected bool
 	// unsent is true when the lease left no time, so that nothing was tried.
 	unsent bool
-	err    error // why there is no whole answer
+	// broke is true when the connection broke after a part of the request was
+	// sent, timeout when the API took too long.
+	broke, timeout bool
+	err            error // why there is no whole answer
+}
+
+// death says how the API died during an attempt, as it seems: the connection
+// broke, or a gateway had nobody to ask. It is empty where the attempt ended in
+// another way. A 503 that says when to come back is of an API that lives.
+func (a *answer) death() string {
+	switch {
+	case a.broke:
+		return a.err.Error()
+	case a.status == http.StatusBadGateway, a.status == http.StatusGatewayTimeout,
+		a.status == http.StatusServiceUnavailable && a.retryAfter == "":
+		return fmt.Sprintf("status %d", a.status)
+	}
+	return ""
+}
+
+// overload reports whether the answer says, or the lack of one shows, that the
+// API has too much to do.
+func (a *answer) overload() bool {
+	return a.timeout || a.status == http.StatusTooManyRequests || a.status == http.StatusServiceUnavailable || a.status == http.StatusGatewayTimeout
 }
 
 // errShortLease says that somebody else might send the request before the
@@ -234,6 +295,7 @@ func receive(x *upstream.Exchange) answer {
 	got := answer{status: resp.Status, retryAfter: resp.Fields.Get("Retry-After")}
 	if _, err := io.Copy(io.Discard, struct{ io.Reader }{x}); err != nil {
 		got.err = fmt.Errorf("answer cut short: %w", err)
+		got.broke, got.timeout = fates(err)
 		return got
 	}
 	got.whole = true
@@ -245,11 +307,29 @@ func failed(err error) answer {
 	got := answer{err: err}
 	if errors.As(err, &failure) {
 		got.unconnected = failure.Op == "connect" && !failure.Sent
-		if failure.Timeout() && failure.Sent {
+		if failure.Sent {
+			got.broke, got.timeout = fates(failure)
+		}
+		if got.timeout {
 			got.err = errNoAnswer
 		}
 	}
 	return got
+}
+
+// fates tells a connection that broke from an answer that did not come in time,
+// and both from an answer that is none.
+func fates(err error) (broke, timeout bool) {
+	var t interface{ Timeout() bool }
+	if errors.As(err, &t) && t.Timeout() {
+		return false, true
+	}
+	for _, one := range []error{io.EOF, io.ErrUnexpectedEOF, syscall.ECONNRESET, syscall.EPIPE, syscall.ECONNABORTED} {
+		if errors.Is(err, one) {
+			return true, false
+		}
+	}
+	return false, false
 }
 
 var errNoAnswer = errors.New("no whole answer within the timeout")

@@ -49,7 +49,7 @@ func TestTheExampleFile(t *testing.T) {
 			By: capture.ByEvent, Processed: "2xx,3xx", Failed: "408,425,429,5xx", Timeout: 30 * time.Second, Grace: time.Minute,
 		},
 		Accept: true, OrderBy: "X-Client-Id",
-		SetHeaders: []route.SetHeader{{Name: "Authorization", File: "/run/secrets/token"}},
+		SetHeaders: []route.SetHeader{{Name: "Authorization", File: "/run/secrets/token"}}, Health: "/healthz",
 	}, table.Routes()[0])
 	require.Equal(t, "calls", table.Match("eu.api.example.com", "/v1/calls/7", "PUT").Name)
 	require.Equal(t, "health", table.Match("api.example.com", "/health", "GET").Name)
@@ -94,7 +94,7 @@ routes:
   capture: {mode: best_effort, methods: ["*"], max_body: 5}
   completion: {processed: [2xx, 404, 408]}
   grace: 0
-  replay: {set_headers: {X-B: {file: b/c}, authorization: {file: ./a}}}
+  replay: {health: "/healthz?deep=1", set_headers: {X-B: {file: b/c}, authorization: {file: ./a}}}
 - <<: *first
   name: second
   match: {path: {exact: /b/}}
@@ -116,6 +116,8 @@ routes:
 	require.True(t, first.Captures("BREW"))
 	require.Equal(t, []route.SetHeader{{Name: "X-B", File: filepath.Join(dir, "b/c")}, {Name: "authorization", File: filepath.Join(dir, "a")}}, first.SetHeaders)
 
+	require.Equal(t, "/healthz?deep=1", first.Health)
+
 	require.Equal(t, route.Path{Exact: "/b/"}, second.Path)
 	require.Equal(t, capture.StatusSet("2xx"), second.Policy.Processed)
 	require.Equal(t, capture.StatusSet("3xx,302,5xx,404"), second.Policy.Failed)
@@ -128,6 +130,11 @@ routes:
 	for _, r := range table.Routes() {
 		require.NoError(t, r.Policy.Validate())
 	}
+}
+
+// health is a route of its own with a health path, in a line.
+func health(n int, path string) string {
+	return fmt.Sprintf("- {name: h%d, match: {path: {exact: /%d}}, %s, replay: {health: %q}}\n", n, n, up, path)
 }
 
 // up is the part of a route that is always in order.
@@ -214,6 +221,9 @@ func TestEveryProblemHasItsLine(t *testing.T) {
 			`6 "a b" in replay.set_headers is no name of a header`, "7 host in replay.set_headers cannot be set", "8 x_request_uuid in", "9 TE in", "10 Content-length in",
 			"12 X-A and x-a in replay.set_headers are one header", `13 "X-B" in replay.set_headers has no file`, "14 a header of replay.set_headers is a single value; write a mapping with file", "15 file is empty",
 			`16 "value" is no key of a header`, `16 "X-E" in replay.set_headers has no file`, `20 "set_header" is no key of replay; did you mean set_headers?`,
+		}},
+		"health": {"routes:\n" + health(1, "healthz") + health(2, "//a") + health(3, "/a#b") + health(4, "/a b") + health(5, "/a%2") + health(6, "/"+strings.Repeat("a", 1024)) + health(7, ""), []string{
+			`2 replay.health: "healthz" is not a path`, "3 replay.health", "4 replay.health: \"/a#b\" has a fragment", "5 replay.health", "6 replay.health", "7 replay.health", "8 replay.health is empty",
 		}},
 		"tags": {"routes:\n- {name: !x a, " + up + "}\n- {name: !!binary YQ==, match: {methods: [GET]}, " + up + "}\n", []string{`2 name has the tag "!x"`, `3 name has the tag "!!binary"`}},
 		"merges": {"routes:\n- &a\n  name: a\n  " + up + "\n  bogus: 1\n- {<<: *a, name: b, match: {methods: [GET]}}\n- {<<: [*a, 7], <<: x, name: c, match: {methods: [PUT]}}\n", []string{

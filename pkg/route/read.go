@@ -118,7 +118,7 @@ var (
 	upstreamKeys   = []string{"url", "timeout"}
 	captureKeys    = []string{"mode", "methods", "max_body"}
 	completionKeys = []string{"by", "processed", "failed"}
-	replayKeys     = []string{"set_headers"}
+	replayKeys     = []string{"set_headers", "health"}
 	headerKeys     = []string{"file"}
 )
 
@@ -170,8 +170,17 @@ func (r *reader) route(n *yaml.Node) read {
 		r.duration(g, "grace", 0, &route.Policy.Grace)
 	}
 	if replay, ok := fields["replay"]; ok {
-		if set, ok := r.fields(replay, "replay", replayKeys...)["set_headers"]; ok {
+		fields := r.fields(replay, "replay", replayKeys...)
+		if set, ok := fields["set_headers"]; ok {
 			r.setHeaders(set, route)
+		}
+		if health, ok := fields["health"]; ok {
+			if text, ok := r.text(health, "replay.health"); ok {
+				if problem := CheckHealth(text); problem != "" {
+					r.wrong(health.Line, "replay.health: %s %s", quoted(text), problem)
+				}
+				route.Health = text
+			}
 		}
 	}
 	return one
@@ -252,6 +261,25 @@ func (r *reader) pathOf(n *yaml.Node, what string) string {
 		return ""
 	}
 	return normalize(text)
+}
+
+// CheckHealth says what is wrong with a path as [Route.Health] takes it, nothing
+// when it is right.
+func CheckHealth(path string) (problem string) {
+	switch {
+	case !strings.HasPrefix(path, "/") || strings.HasPrefix(path, "//"):
+		return "is not a path; write for instance /healthz"
+	case len(path) > maxPath:
+		return fmt.Sprintf("is longer than %d bytes", maxPath)
+	case strings.Contains(path, "#"):
+		return "has a fragment, which is not sent"
+	case strings.ContainsFunc(path, func(c rune) bool { return c <= ' ' || c > '~' }):
+		return "has what must be percent-encoded in a path"
+	}
+	if _, err := url.ParseRequestURI(path); err != nil {
+		return "is not a path; a % that begins no percent-encoding is written %25"
+	}
+	return ""
 }
 
 func (r *reader) methods(n *yaml.Node, what string) service.Methods {

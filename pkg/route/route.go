@@ -50,6 +50,9 @@ type Route struct {
 	OrderBy string
 	// SetHeaders are set in replays, and only there.
 	SetHeaders []SetHeader
+	// Health is the path, with a query where it has one, that the API answers GET
+	// with 2xx while it is well; empty where none is known. Replays ask for it.
+	Health string
 }
 
 // Path is a condition on the path of a request; at most one field is set, and

@@ -258,7 +258,7 @@ func TestReplayNames(t *testing.T) {
 	known := knownNames()
 	for _, name := range []string{
 		"SINCE", "UNTIL", "STATE", "STATUS", "ROUTE", "METHOD", "PATH", "ID", "LIMIT", "RATE", "CONCURRENCY",
-		"MAX_ATTEMPTS", "ORDER_BY", "PAST_BLOCKED", "UPSTREAM", "WAIT", "PAUSE_LIMIT", "FENCE_TIMEOUT",
+		"MAX_ATTEMPTS", "ORDER_BY", "PAST_BLOCKED", "UPSTREAM", "HEALTH_PATH", "WAIT", "PAUSE_LIMIT", "FENCE_TIMEOUT",
 		"IGNORE_INGRESS", "OUTPUT", "REASON",
 	} {
 		require.True(t, known["HOLDFAST_REPLAY_"+name], name)
