@@ -117,7 +117,7 @@ func (a *app) interrupted() (int, bool) {
 	return 128 + int(number), number != 0
 }
 
-var errNoCommand = errors.New("a command is needed: plan, run, runs, discard or quarantine")
+var errNoCommand = errors.New("a command is needed: plan, run, runs, discard, quarantine, export or import")
 
 func (a *app) root() *cobra.Command {
 	root := &cobra.Command{
@@ -134,7 +134,7 @@ func (a *app) root() *cobra.Command {
 	a.does(root, func(v *values, args []string) func(context.Context) error {
 		switch {
 		case len(args) > 0:
-			v.problems = append(v.problems, fmt.Sprintf("%q is not a command; there are plan, run, runs, discard and quarantine", args[0]))
+			v.problems = append(v.problems, fmt.Sprintf("%q is not a command; there are plan, run, runs, discard, quarantine, export and import", args[0]))
 		case !*check:
 			v.problems = append(v.problems, errNoCommand.Error())
 		}
@@ -144,6 +144,7 @@ func (a *app) root() *cobra.Command {
 		}
 	})
 	root.AddCommand(a.planCommand(), a.runCommand(), a.runsCommand(), a.discardCommand(), a.quarantineCommand())
+	root.AddCommand(a.exportCommand(), a.importCommand())
 
 	help := root.HelpFunc()
 	root.SetHelpFunc(func(cmd *cobra.Command, args []string) {
