@@ -37,10 +37,12 @@ func main() {
 	flag.IntVar(&b.connections, "connections", 64, "connections of the load")
 	only := flag.String("only", "", "run this stack alone")
 	bodies := flag.Int64("bodies", 0, "instead, send so many MiB of large bodies through standalone and look at its memory")
+	idle := flag.Int("idle", 0, "instead, keep so many idle connections on an ingress, and a tenth as many over TLS, and look at what they cost")
+	slow := flag.Int("slow", 0, "instead, have so many clients of each slow kind at an ingress, and look at what they cost")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	if err := b.run(ctx, *only, *bodies<<20); err != nil {
+	if err := b.run(ctx, *only, *bodies<<20, *idle, *slow); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		stop()
 		os.Exit(1)
@@ -75,7 +77,7 @@ type figures struct {
 	Errors                                    int
 }
 
-func (b *bench) run(ctx context.Context, only string, bodies int64) (err error) {
+func (b *bench) run(ctx context.Context, only string, bodies int64, idle, slow int) (err error) {
 	if b.dir, err = os.MkdirTemp("", "bench-"); err != nil {
 		return fmt.Errorf("make a directory: %w", err)
 	}
@@ -85,8 +87,13 @@ func (b *bench) run(ctx context.Context, only string, bodies int64) (err error) 
 			return fmt.Errorf("resolve a path: %w", err)
 		}
 	}
-	if bodies > 0 {
+	switch {
+	case bodies > 0:
 		return b.bodies(ctx, bodies)
+	case idle > 0:
+		return b.idle(ctx, idle)
+	case slow > 0:
+		return b.slow(ctx, slow)
 	}
 	api, err := b.startNginx(ctx, "api", "location / { return 200 ok; }", "")
 	if err != nil {
