@@ -31,6 +31,7 @@ type outcomeJSON struct {
 	Status    int        `json:"status,omitempty"`
 	Error     string     `json:"error,omitempty"`
 	Verdict   Verdict    `json:"verdict,omitempty"`
+	Answer    *Answer    `json:"answer,omitempty"`
 }
 
 // AppendJSON appends the outcome as one line of JSON, without a newline. It
@@ -72,6 +73,10 @@ func (o *Outcome) AppendJSON(dst []byte) []byte {
 		dst = append(dst, a.Verdict...)
 		dst = append(dst, '"')
 	}
+	if o.Answer != nil {
+		dst = append(dst, `,"answer":`...)
+		dst = o.Answer.appendJSON(dst)
+	}
 	return append(dst, '}')
 }
 
@@ -101,8 +106,10 @@ func DecodeOutcome(data []byte) (Outcome, error) {
 		return Outcome{}, fmt.Errorf("decode outcome: %w: verdict %q", ErrMalformed, j.Verdict)
 	case j.Ingress != "" && !ValidIngress(j.Ingress):
 		return Outcome{}, fmt.Errorf("decode outcome: %w: ingress %q", ErrMalformed, j.Ingress)
+	case j.Answer != nil && len(j.Answer.Body) > MaxAnswer:
+		return Outcome{}, fmt.Errorf("decode outcome: %w: an answer of %d bytes", ErrMalformed, len(j.Answer.Body))
 	}
-	o := Outcome{ID: j.ID, Ingress: j.Ingress, Attempt: Attempt{
+	o := Outcome{ID: j.ID, Ingress: j.Ingress, Answer: j.Answer, Attempt: Attempt{
 		Number: j.Attempt, Run: j.Run, StartedAt: j.StartedAt, Status: j.Status, Error: j.Error, Verdict: j.Verdict,
 	}}
 	if j.EndedAt != nil {

@@ -72,6 +72,9 @@ type Outcome struct {
 	ID      uuid.UUID
 	Ingress string // who says so, empty if not an ingress
 	Attempt Attempt
+	// Answer is what was kept of the API's answer, nil where the route keeps none
+	// or none came. It is data to compare with, and says nothing about the state.
+	Answer *Answer
 }
 
 // Event is the API's word about a request, as it travels on [EventSubject].

@@ -60,6 +60,15 @@ func (f *Filter) Sendable(r *Request, matchStatus int) bool {
 	return f.Selects(r, matchStatus)
 }
 
+// Testable reports whether a run with this filter may send r to another target:
+// see [Replayer].
+func (f *Filter) Testable(r *Request, matchStatus int) bool {
+	if r.State == capture.StateProcessed {
+		return slices.Contains(f.States, r.State) && !r.PayloadExpired && f.Selects(r, matchStatus)
+	}
+	return f.Sendable(r, matchStatus)
+}
+
 // Covers reports whether r belongs to what a run with this filter is about,
 // whatever state it is in by now: everything but the states has to match. A
 // status does not count either, since a replay changes it.

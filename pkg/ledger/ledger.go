@@ -125,6 +125,10 @@ type Completer interface {
 	// events that differ in their detail alone the first MaxDetails: an API that
 	// sends an event again and again must not make each cost more.
 	//
+	// The answer of an outcome is kept with the payload of its request, whether
+	// that is known yet or not, and goes with it. Where the disk has no room but
+	// the reserve, answers are left out, and the outcomes are kept.
+	//
 	// Errors: [ErrUnavailable]; [ErrFull] only when even the reserve is gone.
 	Complete(ctx context.Context, facts []Fact) (errs []error, err error)
 }
@@ -240,6 +244,10 @@ type Reader interface {
 	// parts, never held whole when it came in chunks; the caller closes it.
 	// Errors: [ErrNotFound], also when the payload has expired.
 	Payload(ctx context.Context, id uuid.UUID) (head []byte, body io.ReadCloser, err error)
+	// Answers gives what is kept of the answers to a request, those of its own
+	// API first, by run and number; none where nothing is kept, or nothing of it
+	// is known.
+	Answers(ctx context.Context, id uuid.UUID) ([]Answer, error)
 	Stats(ctx context.Context) (Stats, error)
 	// AsideList gives messages that were set aside, oldest first, without Data
 	// above 64 KiB.
@@ -253,6 +261,16 @@ type Reader interface {
 	Run(ctx context.Context, id string) (Run, error)
 	// Now is the ledger's clock.
 	Now(ctx context.Context) (time.Time, error)
+}
+
+// Answer is what is kept of the answer to one attempt.
+type Answer struct {
+	Attempt int
+	Run     string // empty for the first try
+	// Elsewhere is true when the run sent to another target: the answer is a test
+	// system's.
+	Elsewhere bool
+	capture.Answer
 }
 
 // RunState is what a replay run is about.
@@ -378,6 +396,14 @@ type Ended struct {
 	ID      uuid.UUID
 	Token   int64
 	Attempt capture.Attempt // Number and Run as begun
+	Answer  *capture.Answer // kept as that of an outcome is; nil where none is to be kept
+}
+
+// TestResult is what a run to another target has with one request.
+type TestResult struct {
+	Request
+	// Attempt is the last one of the run that has ended.
+	Attempt capture.Attempt
 }
 
 // Replayer is what replay runs are made of.
@@ -385,8 +411,9 @@ type Ended struct {
 // What a run may send: of what its filter selects, the failed ones, and the
 // received ones whose grace is over; rejected ones if the filter names that
 // state, or names no state and statuses or ids; quarantined ones if it names
-// that state. Never what is processed or discarded, and never what is in its
-// grace.
+// that state. Never what is discarded, and never what is in its grace. Processed
+// ones only to another target, if the filter names that state and their payload
+// is still there.
 type Replayer interface {
 	// OpenRun picks up the active run with the same filter and target whose
 	// lease is over, the oldest first, or makes a new one with its selection
@@ -423,6 +450,11 @@ type Replayer interface {
 	// there. A cancelled or ended run begins nothing: [ErrFenced].
 	// Errors: [ErrFenced].
 	Begin(ctx context.Context, l RunLease, ids []uuid.UUID, o BeginOptions) ([]Begun, error)
+	// Tested gives what a run to another target has with each request that it has
+	// sent, in the order of their ids, after the given one (uuid.Nil: from the
+	// start), at most limit. Requests that have expired since are left out.
+	// Errors: [ErrNotFound].
+	Tested(ctx context.Context, run string, after uuid.UUID, limit int) ([]TestResult, error)
 	// End writes results and gives the leases back, in one transaction.
 	// errs[i] is [ErrFenced] when that lease was lost to somebody else; a lease
 	// that is over and was not taken is still good. A repeated equal result is

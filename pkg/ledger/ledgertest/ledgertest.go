@@ -37,7 +37,7 @@ type Open func(t testing.TB, o Options) ledger.Store
 // Run runs the suite. Every test has a ledger of its own.
 func Run(t *testing.T, open Open) {
 	for _, group := range []map[string]func(*bench){
-		recordTests, chunkTests, completeTests, listTests, replayTests, orderTests, operatorTests, expireTests,
+		recordTests, chunkTests, completeTests, listTests, replayTests, orderTests, operatorTests, expireTests, answerTests,
 	} {
 		for name, test := range group {
 			t.Run(name, func(t *testing.T) {
@@ -295,6 +295,9 @@ func (b *bench) recount() {
 		if r.State == capture.StateProcessed && !r.PayloadExpired {
 			head, body := b.payload(r.ID)
 			kept += int64(len(head) + len(body))
+			for _, a := range b.answers(r.ID) {
+				kept += int64(len(a.Body))
+			}
 		}
 		// What is listed by its state is in that state.
 		b.Contains(b.listed(ledger.Filter{States: []capture.State{r.State}, IDs: []uuid.UUID{r.ID}}), r.ID)

@@ -143,6 +143,26 @@ var replayTests = map[string]func(*bench){
 		b.Equal(ledger.SkipState, b.begin(l, id)[0].Skip)
 		b.Equal(ledger.Left{}, b.left(l))
 	},
+	"what is processed is sent to another target alone": func(b *bench) {
+		id := b.captured(1)[0]
+		b.complete(b.outcome(id, capture.Processed, 200))
+		processed := ledger.Filter{States: []capture.State{capture.StateProcessed}}
+		_, own := b.openRun(processed, "")
+		b.Empty(b.selected(own, 1))
+		b.Equal(ledger.SkipState, b.begin(own, id)[0].Skip)
+		b.Equal(ledger.Left{}, b.left(own))
+		before := b.get(id)
+		_, test := b.openRun(processed, "http://test.example")
+		b.Equal([]uuid.UUID{id}, b.selected(test, 1))
+		b.Equal(ledger.Left{Replayable: 1}, b.left(test))
+		b.NoError(b.end(test, b.result(test, b.begun(test, id), capture.Failed, 500))[0])
+		b.Equal(before, b.get(id))
+		b.Equal(ledger.Left{Replayable: 1}, b.left(test), "it failed there")
+		b.NoError(b.end(test, b.result(test, b.begun(test, id), capture.Processed, 200))[0])
+		b.Empty(b.selected(test, 9))
+		b.Equal(ledger.Left{}, b.left(test))
+		b.recount()
+	},
 	"only what may be sent is selected and begun": func(b *bench) {
 		ids := b.captured(6)
 		received, failed, rejected, quarantined, discarded, processed := ids[0], ids[1], ids[2], ids[3], ids[4], ids[5]
@@ -158,7 +178,7 @@ var replayTests = map[string]func(*bench){
 			"nothing said": {ledger.Filter{}, []uuid.UUID{failed}},
 			"replayable":   {ledger.Filter{Replayable: true, Statuses: "4xx,5xx"}, []uuid.UUID{failed}},
 			"statuses":     {ledger.Filter{Statuses: "2xx,4xx"}, []uuid.UUID{rejected}},
-			"states":       {ledger.Filter{States: capture.States()}, []uuid.UUID{failed, rejected, quarantined}},
+			"states":       {ledger.Filter{States: capture.States()}, []uuid.UUID{failed, rejected, quarantined, processed}},
 			"ids":          {ledger.Filter{IDs: ids}, []uuid.UUID{failed, rejected}},
 			"rejected":     {ledger.Filter{States: []capture.State{capture.StateRejected}}, []uuid.UUID{rejected}},
 		} {

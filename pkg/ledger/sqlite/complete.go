@@ -2,6 +2,7 @@ package sqlite
 
 import (
 	"context"
+	"fmt"
 
 	"github.com/google/uuid"
 
@@ -13,6 +14,16 @@ import (
 func (s *Store) Complete(ctx context.Context, facts []ledger.Fact) ([]error, error) {
 	if len(facts) == 0 {
 		return nil, nil
+	}
+	var size int64
+	for i := range facts {
+		if o := facts[i].Outcome; o != nil {
+			size += costOf(o.Answer)
+		}
+	}
+	answers, err := s.roomForAnswers(size)
+	if err != nil {
+		return nil, fmt.Errorf("complete: %w", err)
 	}
 	return s.batch(ctx, "complete", len(facts),
 		func(t *tx, items func() error) error {
@@ -32,10 +43,17 @@ func (s *Store) Complete(ctx context.Context, facts []ledger.Fact) ([]error, err
 				return err
 			}
 			counted = t.deltas[counterPayloadBytes] - counted
-			t.add(counterPayloadBytes, after-before-counted)
+			t.add(counterPayloadBytes, after-before-counted+t.answered.before)
 			return t.capEarly()
 		},
-		func(t *tx, i int) error { return t.completeOne(&facts[i]) })
+		func(t *tx, i int) error {
+			if o := facts[i].Outcome; answers && o != nil && o.Answer != nil && o.ID != uuid.Nil {
+				if err := t.keepAnswer(o.ID, o.Attempt.Run, o.Attempt.Number, o.Answer); err != nil {
+					return err
+				}
+			}
+			return t.completeOne(&facts[i])
+		})
 }
 
 // keptNow is how many bytes of payload became processed at this transaction's

@@ -138,6 +138,9 @@ func (e *expiry) dropPayload(r *row) error {
 	if _, err := e.t.exec("DELETE FROM payloads WHERE seq = ?", r.seq); err != nil {
 		return err
 	}
+	if _, err := e.t.exec("DELETE FROM answers WHERE id = ?", r.id[:]); err != nil {
+		return err
+	}
 	_, err := e.t.exec("DELETE FROM chunks WHERE id = ?", r.id[:])
 	return err
 }
@@ -192,6 +195,9 @@ func (e *expiry) early(r ledger.Retention) error {
 		return err
 	}
 	for _, seq := range seqs {
+		if _, err := e.t.exec("DELETE FROM answers WHERE id = (SELECT y.id FROM early y WHERE y.seq = ?)", seq); err != nil {
+			return err
+		}
 		if _, err := e.t.exec("DELETE FROM early WHERE seq = ?", seq); err != nil {
 			return err
 		}

@@ -63,6 +63,11 @@ func (s *Store) room(items []ledger.Item) error {
 			need += int64(len(c.Chunk.Data)) + 512
 		}
 	}
+	return s.roomFor(need)
+}
+
+// roomFor refuses so many bytes where they would eat into the reserve.
+func (s *Store) roomFor(need int64) error {
 	if need == 0 || s.o.ReserveBytes < 0 {
 		return nil
 	}
@@ -263,6 +268,13 @@ func (u *subject) takeEarly() error {
 		if _, err := u.addAttempt(a); err != nil {
 			return err
 		}
+	}
+	if len(attempts) > 0 {
+		n, err := t.answerBytes(u.row.id)
+		if err != nil {
+			return err
+		}
+		u.row.payload += n
 	}
 	for _, e := range events {
 		if _, err := u.addEvent(e); err != nil {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 	"time"
 
@@ -247,6 +248,23 @@ func unfinished() []int {
 	return []int{codeReceived, codeFailed, codeQuarantined, codeRejected}
 }
 
+// sendableOf are the states of what a run may send: a test replay may send what
+// is processed, too.
+func sendableOf(r *ledger.Run) []int {
+	if r.Target != "" && slices.Contains(r.Filter.States, capture.StateProcessed) {
+		return append(unfinished(), codeProcessed)
+	}
+	return unfinished()
+}
+
+// sends reports whether the run may send the request.
+func sends(run *ledger.Run, r *ledger.Request, matchStatus int) bool {
+	if run.Target != "" {
+		return run.Filter.Testable(r, matchStatus)
+	}
+	return run.Filter.Sendable(r, matchStatus)
+}
+
 // Select implements [ledger.Replayer].
 func (s *Store) Select(ctx context.Context, l ledger.RunLease, maxAttempts int, after uuid.UUID, limit int) ([]ledger.Candidate, error) {
 	now := s.o.Now().UnixNano()
@@ -258,10 +276,10 @@ func (s *Store) Select(ctx context.Context, l ledger.RunLease, maxAttempts int, 
 			return err
 		}
 		var d done
-		sel := selection{f: &run.Filter, states: unfinished(), dueOnly: true, after: after, maxSeq: frozen(&run)}
+		sel := selection{f: &run.Filter, states: sendableOf(&run), dueOnly: true, after: after, maxSeq: frozen(&run)}
 		sel.columns, sel.args = d.columns(&run)
 		return s.walk(ctx, q, &sel, now, func(r *row, req *ledger.Request) error {
-			if !run.Filter.Sendable(req, r.matchStatus) || r.seq > run.MaxSeq || d.attempts >= maxAttempts || d.over() {
+			if !sends(&run, req, r.matchStatus) || r.seq > run.MaxSeq || d.attempts >= maxAttempts || d.over() {
 				return nil
 			}
 			list = append(list, ledger.Candidate{Request: *req, Unresolved: r.unresolved || d.unresolved})
@@ -288,14 +306,14 @@ func (s *Store) Left(ctx context.Context, l ledger.RunLease) (ledger.Left, error
 		}
 		var d done
 		var until int64
-		sel := selection{f: &run.Filter, states: unfinished(), maxSeq: frozen(&run)}
+		sel := selection{f: &run.Filter, states: sendableOf(&run), maxSeq: frozen(&run)}
 		sel.columns, sel.args = d.columns(&run)
 		sel.columns += ", coalesce((SELECT l.until FROM leases l WHERE l.key = 'id:' || " + uuidText + "), 0)"
 		return s.walk(ctx, q, &sel, now, func(r *row, req *ledger.Request) error {
 			if r.seq > run.MaxSeq || !run.Filter.Covers(req) || d.over() {
 				return nil
 			}
-			sendable := run.Filter.Sendable(req, r.matchStatus)
+			sendable := sends(&run, req, r.matchStatus)
 			switch {
 			case r.state == codeQuarantined:
 				left.Quarantined++
@@ -410,7 +428,7 @@ func (t *tx) begin(run *ledger.Run, id uuid.UUID, given string, o ledger.BeginOp
 	switch {
 	case until > t.now:
 		return skip(ledger.SkipLeased)
-	case u.row.seq > run.MaxSeq || !run.Filter.Sendable(&req, u.row.matchStatus):
+	case u.row.seq > run.MaxSeq || !sends(run, &req, u.row.matchStatus):
 		return skip(ledger.SkipState)
 	case u.row.payload == 0:
 		return skip(ledger.SkipPayload)
@@ -498,11 +516,26 @@ func (s *Store) End(ctx context.Context, l ledger.RunLease, results []ledger.End
 	if len(results) == 0 {
 		return nil, nil
 	}
+	var size int64
+	for i := range results {
+		size += costOf(results[i].Answer)
+	}
+	answers, err := s.roomForAnswers(size)
+	if err != nil {
+		return nil, fmt.Errorf("end attempts: %w", err)
+	}
 	fenced := make([]error, len(results))
 	errs, err := s.batch(ctx, "end attempts", len(results),
-		func(_ *tx, items func() error) error { return items() },
+		func(t *tx, items func() error) error {
+			err := items()
+			t.add(counterPayloadBytes, t.answered.now+t.answered.before)
+			return err
+		},
 		func(t *tx, i int) (err error) {
-			fenced[i], err = t.end(l.RunID, &results[i])
+			e := &results[i]
+			if fenced[i], err = t.end(l.RunID, e); err == nil && fenced[i] == nil && answers && e.Answer != nil {
+				err = t.keepAnswer(e.ID, l.RunID, e.Attempt.Number, e.Answer)
+			}
 			return err
 		})
 	if err != nil {

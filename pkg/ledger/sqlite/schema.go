@@ -275,4 +275,19 @@ ALTER TABLE leases ADD COLUMN given BLOB; -- the one that the run orders by inst
 CREATE INDEX leases_captured ON leases (captured) WHERE captured IS NOT NULL;
 CREATE INDEX leases_given ON leases (given) WHERE given IS NOT NULL;
 `,
+	// Answers that routes keep, of requests that may not be known yet. They go
+	// with the payload, and their bytes count among its.
+	`
+CREATE TABLE answers (
+  id BLOB NOT NULL,
+  run TEXT NOT NULL,
+  number INTEGER NOT NULL,
+  type TEXT NOT NULL,
+  encoding TEXT NOT NULL,
+  cut INTEGER NOT NULL,
+  body BLOB NOT NULL,
+  PRIMARY KEY (id, run, number)
+) STRICT;
+CREATE INDEX target_attempts_run ON target_attempts (run, id, number);
+`,
 }

@@ -36,6 +36,7 @@ type tx struct {
 	haveEarly  bool
 	met        capture.SpoolRef // of the request that was recorded last
 	recorded   string           // the counter of its start
+	answered   answered
 }
 
 // write runs f in a transaction and commits it. Nothing is written when f, or
@@ -146,13 +147,13 @@ func (t *tx) savepoint(f func() error) error {
 	if _, err := t.exec("SAVEPOINT item"); err != nil {
 		return err
 	}
-	deltas, fresh := maps.Clone(t.deltas), maps.Clone(t.fresh)
+	deltas, fresh, answered := maps.Clone(t.deltas), maps.Clone(t.fresh), t.answered
 	err := f()
 	if isData(err) {
 		if _, undo := t.exec("ROLLBACK TO item"); undo != nil {
 			return undo
 		}
-		t.deltas, t.fresh = deltas, fresh
+		t.deltas, t.fresh, t.answered = deltas, fresh, answered
 	} else if err != nil {
 		return err
 	}
