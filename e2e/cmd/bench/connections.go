@@ -153,8 +153,11 @@ func (b *bench) idleOn(ctx context.Context, name, api string, n int, settings ma
 		if err != nil {
 			return err
 		}
-		fmt.Printf("%s, round %d, %d idle connections\n  before      %s\n  with        %s: %.1f KiB and %.2f goroutines each\n  after load  %s\n  after them  %s\n",
-			name, round+1, n, before, there, (there.rss-before.rss)/1024/float64(n), (there.goroutines-before.goroutines)/float64(n), loaded, after)
+		fmt.Printf("%s, round %d, %d idle connections, %.2f goroutines each\n  before      %s\n  with        %s\n  after load  %s\n  after them  %s\n",
+			name, round+1, n, (there.goroutines-before.goroutines)/float64(n), before, there, loaded, after)
+		if round == 0 { // later rounds begin with the memory of those before
+			fmt.Printf("  each        %.1f KiB\n", (there.rss-before.rss)/1024/float64(n))
+		}
 	}
 	b.compare(name, without, with)
 	return nil

@@ -5,6 +5,9 @@
 // All processes share the machine with the load generator and the API. The CPU
 // of a stack is that of all its processes, from the first request until
 // everything it took is recorded; load generator and API are not counted.
+//
+// With -bodies, -idle or -slow it looks instead at what large bodies, idle
+// connections or slow clients cost. Each ends by itself.
 package main
 
 import (
