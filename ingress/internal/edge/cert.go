@@ -20,14 +20,16 @@ type Certificate struct {
 	certFile, keyFile string
 	log               *slog.Logger
 	failures          prometheus.Counter
+	every             time.Duration // lookEvery, but for tests
 
+	failing   atomic.Bool // the last look found files that cannot be used
 	current   atomic.Pointer[tls.Certificate]
 	cert, key []byte // what current was made of
 }
 
 // LoadCertificate reads the certificate for the first time.
 func LoadCertificate(certFile, keyFile string, log *slog.Logger, reg prometheus.Registerer) (*Certificate, error) {
-	c := &Certificate{certFile: certFile, keyFile: keyFile, log: log}
+	c := &Certificate{certFile: certFile, keyFile: keyFile, log: log, every: lookEvery}
 	if _, err := c.reload(); err != nil {
 		return nil, err
 	}
@@ -56,7 +58,7 @@ const lookEvery = 5 * time.Second
 // Run looks at the files until ctx is done. Files that cannot be used change
 // nothing, and are reported once.
 func (c *Certificate) Run(ctx context.Context) error {
-	tick := time.NewTicker(lookEvery)
+	tick := time.NewTicker(c.every)
 	defer tick.Stop()
 	failed := ""
 	for {
@@ -67,15 +69,20 @@ func (c *Certificate) Run(ctx context.Context) error {
 		}
 		changed, err := c.reload()
 		switch {
-		case err != nil && err.Error() != failed:
+		case err != nil:
+			if err.Error() != failed {
+				c.failures.Inc()
+				c.log.Error("the changed certificate cannot be used; the one before it stays", "err", err)
+			}
 			failed = err.Error()
-			c.failures.Inc()
-			c.log.Error("the changed certificate cannot be used; the one before it stays", "err", err)
+			c.failing.Store(true)
+			continue
 		case changed:
-			failed = ""
 			leaf := c.current.Load().Leaf
 			c.log.Info("certificate changed", "serial", leaf.SerialNumber.String(), "not_after", leaf.NotAfter)
 		}
+		failed = ""
+		c.failing.Store(false)
 	}
 }
 

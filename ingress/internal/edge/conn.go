@@ -37,6 +37,10 @@ type conn struct {
 	remote netip.AddrPort
 	state  atomic.Int32
 
+	handed  bool // to net/http, which closes it; set before that has it
+	over    bool // closed by net/http, or served to its end; under Server.mu
+	streams int  // requests of HTTP/2 under way; under Server.mu
+
 	readUntil time.Time // the deadline that is set
 	ss        *session  // nil while idle
 }
@@ -67,6 +71,7 @@ func (c *conn) serve() {
 				c.release()
 				return
 			}
+			c.handed = true
 			c.s.handOver(tc)
 			return
 		}
@@ -106,8 +111,8 @@ func (c *conn) await() bool {
 	if !c.enter(idle) {
 		return false
 	}
-	if c.s.closing.Load() {
-		return false // the closer may have looked before this was idle
+	if c.s.closing.Load() && c.quiet() {
+		return false // a request that is here already is still answered
 	}
 	// Setting a deadline costs more than it is worth to have it exact.
 	now := time.Now()
@@ -212,7 +217,7 @@ func (c *conn) putSession() {
 		return
 	}
 	ss.c, ss.b = nil, wire.Body{}
-	ss.x.Request = wire.Request{Fields: ss.x.Request.Fields[:0], Nominated: ss.x.Request.Nominated[:0]}
+	ss.x.Request.Reset()
 	c.s.sessions.Put(ss)
 }
 
@@ -281,7 +286,8 @@ func (c *conn) refuse(err error) bool {
 	return ss.finish()
 }
 
-// guard calls f, and survives its panic.
+// guard calls f, and survives its panic. It reports whether there is an answer,
+// its own included.
 func (c *conn) guard(f func()) (ok bool) {
 	defer func() {
 		cause := recover()
@@ -298,20 +304,19 @@ func (c *conn) guard(f func()) (ok bool) {
 		ss.close = true
 		ss.head(500, "Internal Server Error", nil, 0)
 		_ = ss.end(nil)
+		ss.x.headed, ss.x.ended, ss.x.aborted = true, true, false
+		ok = true
 	}()
 	f()
 	return true
 }
 
-// Bounds of a lingering close: a client that is still sending would lose the
-// answer with the reset that an early close means (RFC 9112 section 9.6).
-const (
-	lingerTime  = 5 * time.Second
-	lingerPause = time.Second
-	lingerBytes = 64 << 20
-)
+// lingerBytes bounds a lingering close beside its time.
+const lingerBytes = 64 << 20
 
-// linger reads what a client still sends, for a bounded time, before the close.
+// linger reads what a client still sends, for a bounded time, before the close:
+// it would lose the answer with the reset that an early close means (RFC 9112
+// section 9.6).
 func (c *conn) linger() {
 	half, ok := c.nc.(interface{ CloseWrite() error })
 	if !ok || half.CloseWrite() != nil {
@@ -325,9 +330,9 @@ func (c *conn) linger() {
 	}
 	buf := c.getBuffer()
 	defer c.s.buffers.Put(buf)
-	last := time.Now().Add(lingerTime)
+	last := time.Now().Add(c.s.times.linger)
 	for n := 0; n < lingerBytes; {
-		until := time.Now().Add(lingerPause)
+		until := time.Now().Add(c.s.times.lingerPause)
 		if until.After(last) {
 			until = last
 		}

@@ -95,6 +95,9 @@ func (x *Exchange) WriteLimit(deadline time.Time) { x.peer.limit(deadline) }
 // End ends the answer and sends what is left of it. The trailer is dropped where
 // there is no place for one.
 func (x *Exchange) End(trailer wire.Fields) error {
+	if x.ended || x.aborted {
+		return nil // a second end would stand before the next answer
+	}
 	x.ended = true
 	return x.peer.end(trailer)
 }

@@ -7,11 +7,9 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/netip"
 	"runtime/debug"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -33,6 +31,9 @@ func (s *Server) newHTTP2() (*http.Server, *h2Listener) {
 		ReadHeaderTimeout: s.o.HeadTimeout,
 		IdleTimeout:       s.o.IdleTimeout,
 		MaxHeaderBytes:    s.o.HeadBytes,
+		ConnContext: func(ctx context.Context, nc net.Conn) context.Context {
+			return context.WithValue(ctx, connKey{}, nc.(*tls.Conn).NetConn().(*watched).c)
+		},
 		// OPTIONS * is the API's, like every other target.
 		DisableGeneralOptionsHandler: true,
 		ErrorLog:                     service.ErrorLog(s.o.Logger, "http/2"),
@@ -77,15 +78,21 @@ func (s *Server) handOver(c *tls.Conn) {
 	}
 }
 
+// connKey is the key of the *conn in a request's context.
+type connKey struct{}
+
 // watched tells of the end of a connection that net/http closes.
 type watched struct {
 	*net.TCPConn
-	gone func()
+	c *conn
 }
 
 func (w *watched) Close() error {
-	w.gone()
-	return w.TCPConn.Close()
+	err := w.TCPConn.Close()
+	if w.c.handed {
+		w.c.s.leave(w.c)
+	}
+	return err
 }
 
 // stream is one exchange over HTTP/2.
@@ -100,21 +107,26 @@ type stream struct {
 	got      int64
 	err      error // what ended the body
 	noBody   bool
+	unsent   int64 // bytes of a counted answer that are to come, negative when nobody counts
 	trailers wire.Fields
 }
 
 func (s *Server) serveHTTP2(w http.ResponseWriter, r *http.Request) {
+	c := r.Context().Value(connKey{}).(*conn)
+	if !s.enterStream(c) {
+		panic(http.ErrAbortHandler) // the client has gone
+	}
+	defer s.leaveStream(c)
 	st := &stream{s: s, w: w, r: r, control: http.NewResponseController(w), noBody: r.Method == http.MethodHead}
 	st.x.peer, st.x.TLS = st, true
-	st.x.Remote, _ = netip.ParseAddrPort(r.RemoteAddr)
-	st.x.Remote = netip.AddrPortFrom(st.x.Remote.Addr().Unmap(), st.x.Remote.Port())
+	st.x.Remote = c.remote
 	refused := st.request()
 	defer func() {
 		cause := recover()
 		if cause != nil && cause != http.ErrAbortHandler {
 			s.panicked(cause, debug.Stack())
 		}
-		if cause != nil || st.x.aborted || !st.x.ended {
+		if cause != nil || st.x.aborted || !st.x.ended || !st.x.headed {
 			panic(http.ErrAbortHandler) // net/http's way to reset a stream
 		}
 	}()
@@ -125,7 +137,8 @@ func (s *Server) serveHTTP2(w http.ResponseWriter, r *http.Request) {
 	s.o.Handler.Serve(&st.x)
 }
 
-// request fills in the head.
+// request fills in the head. It refuses what net/http lets pass, and what would be
+// something else in the request line and the Host field of HTTP/1.1.
 func (st *stream) request() *wire.SyntaxError {
 	r, req := st.r, &st.x.Request
 	req.Method, req.Target, req.Major, req.Host = r.Method, r.RequestURI, 2, r.Host
@@ -149,7 +162,13 @@ func (st *stream) request() *wire.SyntaxError {
 	switch {
 	case count > st.s.o.HeadFields:
 		return &wire.SyntaxError{Status: 431, Reason: "the head has more fields than are allowed"}
-	case r.Header["Host"] != nil && !strings.EqualFold(r.Header.Get("Host"), r.Host):
+	case !wire.IsToken(r.Method):
+		return &wire.SyntaxError{Status: 400, Reason: "the method is no token"}
+	case r.Host != "" && !wire.ValidHost(r.Host):
+		return &wire.SyntaxError{Status: 400, Reason: "the :authority is not a host with an optional port"}
+	case len(r.Header["Expect"]) > 0 && !wire.Equal(r.Header.Get("Expect"), "100-continue"):
+		return &wire.SyntaxError{Status: 417, Reason: "no expectation but 100-continue can be met"}
+	case len(r.Header["Host"]) > 1 || len(r.Header["Host"]) == 1 && !wire.Equal(r.Header.Get("Host"), r.Host):
 		return &wire.SyntaxError{Status: 400, Reason: "the Host field names another host than :authority"}
 	case !sameLength(r.Header["Content-Length"], r.ContentLength):
 		return &wire.SyntaxError{Status: 400, Reason: "the Content-Length is not one number, or not that of the body"}
@@ -219,7 +238,7 @@ func (st *stream) head(status int, _ string, fields wire.Fields, length int64) {
 		h["Content-Type"] = nil // net/http must not guess one
 	}
 	st.noBody = st.noBody || status == 204 || status == 304
-	if length >= 0 && status != 204 {
+	if st.unsent = length; length >= 0 && status != 204 {
 		h["Content-Length"] = []string{strconv.FormatInt(length, 10)}
 	}
 	if st.s.draining.Load() {
@@ -231,6 +250,12 @@ func (st *stream) head(status int, _ string, fields wire.Fields, length int64) {
 func (st *stream) write(b []byte) error {
 	if len(b) == 0 || st.noBody {
 		return nil
+	}
+	if st.unsent >= 0 {
+		if int64(len(b)) > st.unsent {
+			return errTooMuch
+		}
+		st.unsent -= int64(len(b))
 	}
 	st.deadline()
 	_, err := st.w.Write(b)
@@ -265,6 +290,9 @@ func (st *stream) limit(deadline time.Time) { st.until = deadline }
 // end leaves the last frame to net/http, which sends it when the handler has
 // returned.
 func (st *stream) end(trailer wire.Fields) error {
+	if st.unsent > 0 && !st.noBody {
+		st.x.aborted = true
+	}
 	for _, f := range trailer {
 		st.w.Header().Add(http.TrailerPrefix+f.Name, f.Value)
 	}

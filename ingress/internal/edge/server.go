@@ -40,10 +40,10 @@ type Options struct {
 	Registry prometheus.Registerer
 }
 
-// Server serves clients. Run and Stop may be called once each; Stop also before
-// Run.
+// Server serves clients. Run may be called once, Stop often, also before Run.
 type Server struct {
 	o        Options
+	times    times
 	listener *net.TCPListener
 	h2       *http.Server
 	h2conns  *h2Listener
@@ -61,7 +61,28 @@ type Server struct {
 	mu      sync.Mutex
 	conns   map[*conn]struct{}
 	clients map[netip.Addr]int
-	all     sync.WaitGroup
+	running bool // Run was called before Stop
+	stopped bool // Stop was called
+	cut     bool // closeAll was called: who comes now is not taken
+
+	// all counts the connections, the refusals, and Run while it accepts, so that
+	// nothing is added to it once it has come down to nothing.
+	all sync.WaitGroup
+}
+
+// times are bounds that no setting changes.
+type times struct {
+	// A lingering close takes so long in all, and waits so long for a byte.
+	linger, lingerPause time.Duration
+	// lastCall is how long requests may take to arrive that were on their way when
+	// their connections were about to be closed.
+	lastCall time.Duration
+	// halfOpen is how long a tunnel may be silent of which one side has ended.
+	halfOpen time.Duration
+}
+
+func defaultTimes() times {
+	return times{linger: 5 * time.Second, lingerPause: time.Second, lastCall: 250 * time.Millisecond, halfOpen: time.Minute}
 }
 
 // New binds the address. Connections wait in the kernel until Run.
@@ -71,7 +92,7 @@ func New(o Options) (*Server, error) {
 		return nil, fmt.Errorf("listen: %w", err)
 	}
 	s := &Server{
-		o: o, listener: l.(*net.TCPListener), stop: make(chan struct{}), refusing: make(chan struct{}, maxRefusing),
+		o: o, times: defaultTimes(), listener: l.(*net.TCPListener), stop: make(chan struct{}), refusing: make(chan struct{}, maxRefusing),
 		conns: make(map[*conn]struct{}), clients: make(map[netip.Addr]int),
 	}
 	s.m = newMetrics(o.Registry, s)
@@ -84,11 +105,15 @@ func (s *Server) Addr() net.Addr { return s.listener.Addr() }
 
 // Run serves until Stop, or closes everything at once when ctx is done.
 func (s *Server) Run(ctx context.Context) error {
+	if !s.begin() {
+		return nil
+	}
 	defer context.AfterFunc(ctx, s.closeAll)()
 	var h2 sync.WaitGroup
 	h2.Go(func() { _ = s.h2.Serve(s.h2conns) }) // it ends by Stop, or by closeAll
 	defer h2.Wait()
 	defer s.all.Wait()
+	defer s.all.Done()
 	s.o.Logger.Info("listening", "listener", "ingress", "addr", s.Addr().String())
 	wait := time.Millisecond
 	for {
@@ -111,28 +136,48 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 }
 
+// begin counts Run in, unless Stop came before it.
+func (s *Server) begin() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopped {
+		return false
+	}
+	s.running = true
+	s.all.Add(1)
+	return true
+}
+
 // take serves a new connection, unless there are too many.
 func (s *Server) take(nc *net.TCPConn) {
 	remote, _ := netip.ParseAddrPort(nc.RemoteAddr().String())
 	remote = netip.AddrPortFrom(remote.Addr().Unmap(), remote.Port())
 	c := &conn{s: s, nc: nc, tcp: nc, remote: remote}
-	if reason := s.enroll(c); reason != "" {
+	switch reason := s.enroll(c); reason {
+	case "":
+	case cutOff:
+		_ = nc.Close()
+		return
+	default:
 		s.m.refused.WithLabelValues(reason).Inc()
 		s.refuse(nc)
 		return
 	}
 	if s.o.TLS != nil {
-		c.nc = tls.Server(&watched{TCPConn: nc, gone: func() { s.leave(c) }}, s.o.TLS)
+		c.nc = tls.Server(&watched{TCPConn: nc, c: c}, s.o.TLS)
 	} else {
 		c.raw, _ = nc.SyscallConn()
 	}
 	go func() {
 		c.serve()
-		if s.o.TLS == nil {
+		if !c.handed {
 			s.leave(c)
 		}
 	}()
 }
+
+// cutOff is why nothing is taken any more. It is no limit, and not counted.
+const cutOff = "cut off"
 
 // enroll counts a connection, or says which limit it exceeds.
 func (s *Server) enroll(c *conn) (reason string) {
@@ -140,6 +185,8 @@ func (s *Server) enroll(c *conn) (reason string) {
 	defer s.mu.Unlock()
 	addr := c.remote.Addr()
 	switch {
+	case s.cut:
+		return cutOff
 	case len(s.conns) >= s.o.Conns:
 		return "connections"
 	case s.o.ConnsPerClient > 0 && s.clients[addr] >= s.o.ConnsPerClient && (s.o.Exempt == nil || !s.o.Exempt(addr)):
@@ -155,7 +202,32 @@ func (s *Server) enroll(c *conn) (reason string) {
 func (s *Server) leave(c *conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if _, ok := s.conns[c]; !ok {
+	c.over = true
+	s.forget(c)
+}
+
+// enterStream counts a request of HTTP/2 in, for which net/http does not wait. It
+// reports false when its connection is over.
+func (s *Server) enterStream(c *conn) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if c.over {
+		return false
+	}
+	c.streams++
+	return true
+}
+
+func (s *Server) leaveStream(c *conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c.streams--
+	s.forget(c)
+}
+
+// forget drops a connection that is over and of which no request is under way.
+func (s *Server) forget(c *conn) {
+	if _, ok := s.conns[c]; !ok || !c.over || c.streams > 0 {
 		return
 	}
 	delete(s.conns, c)
@@ -194,7 +266,7 @@ func (s *Server) refuse(nc *net.TCPConn) {
 		if s.o.TLS != nil {
 			return // a handshake costs what the limit is there to save
 		}
-		if nc.SetDeadline(time.Now().Add(lingerPause)) != nil {
+		if nc.SetDeadline(time.Now().Add(s.times.lingerPause)) != nil {
 			return
 		}
 		if _, err := nc.Write([]byte(tooMany)); err != nil || nc.CloseWrite() != nil {
@@ -220,20 +292,26 @@ func (s *Server) Stop(ctx context.Context) error {
 	return err
 }
 
-// lastCall is how long requests may take to arrive that were on their way when
-// their connections were about to be closed.
-const lastCall = 250 * time.Millisecond
-
 func (s *Server) drain(ctx context.Context) error {
 	s.draining.Store(true)
-	pause(ctx, s.o.DrainDelay)
+	s.mu.Lock()
+	s.stopped = true
+	running := s.running
+	s.mu.Unlock()
+	if running {
+		pause(ctx, s.o.DrainDelay)
+	}
 	if s.open() > 0 {
-		pause(ctx, lastCall)
+		pause(ctx, s.times.lastCall)
 	}
 	close(s.stop)
 	_ = s.listener.Close()
 	s.closing.Store(true)
-	go func() { _ = s.h2.Shutdown(ctx) }()
+	var h2 sync.WaitGroup
+	defer h2.Wait()
+	h2ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // it looks only now and then whether all connections have gone
+	h2.Go(func() { _ = s.h2.Shutdown(h2ctx) })
 	gone := make(chan struct{})
 	go func() { s.all.Wait(); close(gone) }()
 	tick := time.NewTicker(10 * time.Millisecond)
@@ -278,12 +356,14 @@ func (s *Server) closeIdle() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for c := range s.conns {
-		if c.state.Load() == tunnelling {
-			_ = c.nc.Close()
-			continue
-		}
-		if c.quiet() && c.state.CompareAndSwap(idle, closed) {
+		// Below TLS, whose last word would wait for a client that does not read.
+		switch c.state.Load() {
+		case tunnelling:
 			_ = c.tcp.Close()
+		case idle:
+			if c.quiet() && c.state.CompareAndSwap(idle, closed) {
+				_ = c.tcp.Close()
+			}
 		}
 	}
 }
@@ -297,6 +377,7 @@ func (s *Server) closeAll() {
 	_ = s.h2conns.Close()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.cut = true
 	for c := range s.conns {
 		c.state.Store(closed)
 		_ = c.tcp.Close()

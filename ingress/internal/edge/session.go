@@ -59,6 +59,7 @@ func (s *session) start() {
 	s.inBody, s.expecting, s.begun, s.received, s.until = false, false, time.Time{}, 0, time.Time{}
 	s.coding, s.unsent, s.close, s.lingers, s.noBody, s.writeErr = counted, 0, false, false, false, nil
 	s.w = s.w[:0]
+	s.x.Request.Reset()
 	s.x.ended, s.x.aborted, s.x.headed = false, false, false
 	s.x.Answer = s.x.Answer[:0]
 }
@@ -309,7 +310,7 @@ func (s *session) finish() bool {
 	case s.writeErr != nil:
 		s.c.reset() // what the kernel still holds would be kept for minutes
 		return false
-	case s.x.aborted || !s.x.ended:
+	case s.x.aborted || !s.x.ended || !s.x.headed:
 		// A plain close lets the client read what it was sent, where the framing
 		// tells it that something is missing.
 		if !s.x.headed || s.coding == untilClose {
@@ -352,28 +353,22 @@ func (s *session) tunnel(reason string, fields wire.Fields, other net.Conn, firs
 	// What the client has sent already comes first.
 	early := append([]byte(nil), s.r.Buffered()...)
 	s.r.Fill(nil, 0)
-	if len(early) > 0 {
-		if _, err := other.Write(early); err != nil {
-			return
-		}
-	}
-	s.c.enter(tunnelling)
-	if s.c.s.closing.Load() {
-		return // it was not there yet when the server closed its tunnels
+	if !s.c.enter(tunnelling) {
+		return
 	}
 	var last atomic.Int64
 	last.Store(time.Now().UnixNano())
 	done := make(chan struct{}, 2)
-	go func() { carry(other, client, &last); done <- struct{}{} }()
-	go func() { carry(client, other, &last); done <- struct{}{} }()
+	go func() { carry(other, client, early, &last); done <- struct{}{} }()
+	go func() { carry(client, other, nil, &last); done <- struct{}{} }()
 	check := time.NewTimer(idle)
 	defer check.Stop()
 	ended := 0
 	for ended < 2 {
 		select {
 		case <-done:
-			if ended++; idle > halfOpen {
-				idle = halfOpen
+			if ended++; idle > s.c.s.times.halfOpen {
+				idle = s.c.s.times.halfOpen
 				check.Reset(idle)
 			}
 		case <-check.C:
@@ -389,15 +384,19 @@ func (s *session) tunnel(reason string, fields wire.Fields, other net.Conn, firs
 	}
 }
 
-// halfOpen is how long a tunnel may be silent of which one side has ended.
-const halfOpen = time.Minute
-
-// carry copies until src ends, and then ends the sending side of dst, if it has
-// one; after an error both are closed.
-func carry(dst, src net.Conn, last *atomic.Int64) {
+// carry copies what is here already and what comes until src ends, and then ends
+// the sending side of dst, if it has one; after an error both are closed.
+func carry(dst, src net.Conn, early []byte, last *atomic.Int64) {
 	buf := make([]byte, 16<<10)
+	var err error
+	if len(early) > 0 {
+		_, err = dst.Write(early)
+	}
 	for {
-		n, err := src.Read(buf)
+		n := 0
+		if err == nil {
+			n, err = src.Read(buf)
+		}
 		if n > 0 {
 			last.Store(time.Now().UnixNano())
 			if _, werr := dst.Write(buf[:n]); werr != nil {
