@@ -183,6 +183,7 @@ type request struct {
 	status         int // of the first try; -1: there is no outcome
 	chunked        bool
 	route          string
+	key            string
 }
 
 func newPolicy() capture.Policy {
@@ -218,7 +219,7 @@ func (b *books) capture(t testing.TB, requests ...request) []uuid.UUID {
 		ids[i] = id
 		head := fmt.Sprintf("%s %s HTTP/1.1\r\nHost: api.example\r\n%sContent-Length: %d\r\n\r\n", q.method, q.target, q.headers, len(q.body))
 		r := &capture.Request{
-			ID: id, Route: q.route, Ingress: "gw", ReceivedAt: now, Policy: q.policy,
+			ID: id, Route: q.route, Ingress: "gw", ReceivedAt: now, Policy: q.policy, OrderKey: q.key,
 			Head: []byte(head), Body: q.body, Size: int64(len(q.body)),
 		}
 		if q.chunked {
