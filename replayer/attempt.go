@@ -26,6 +26,9 @@ func (r *runner) attempt(begin, flight context.Context, it *item) {
 		a.Error = got.err.Error()
 	}
 	a.Verdict = it.c.Policy.Verdict(got.status, got.whole, true)
+	if errors.Is(got.err, ErrProduction) {
+		r.halt(got.err)
+	}
 	if sent {
 		r.tally.sent()
 	}

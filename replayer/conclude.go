@@ -40,6 +40,11 @@ func (r *runner) conclude(ctx context.Context, report *Report, err error) {
 		report.Total = run.Counts
 	}
 	left, lerr := r.left(ctx)
+	if lerr == nil && r.Target != "" {
+		if report.Compared, lerr = compare(ctx, r.Ledger, r.run.ID, r.Ignore); lerr == nil {
+			left = r.untested(left, report.Compared)
+		}
+	}
 	report.Left = left
 	if lerr == nil {
 		report.Blocked, lerr = describeBlocks(ctx, r.Ledger, r.blocks)
@@ -51,6 +56,9 @@ func (r *runner) conclude(ctx context.Context, report *Report, err error) {
 		report.End, report.Reason = EndFailed, "count what is left: "+lerr.Error()
 	}
 	report.ExitCode = report.exitCode()
+	if errors.Is(err, ErrProduction) {
+		report.ExitCode = ExitUsage
+	}
 	report.Next = report.next()
 
 	// A run that did not go through its selection is left for the next process.
@@ -58,7 +66,9 @@ func (r *runner) conclude(ctx context.Context, report *Report, err error) {
 	switch report.End {
 	case EndFinished, EndCancelled: // which stays cancelled
 		var body []byte
-		if body, cerr = json.Marshal(report); cerr == nil {
+		kept := *report
+		kept.Compared = report.Compared.withoutValues()
+		if body, cerr = json.Marshal(&kept); cerr == nil {
 			cerr = retry(ctx, r.Clock, func() error { return r.Ledger.EndRun(ctx, r.lease, body) })
 		}
 	default:
@@ -76,6 +86,8 @@ func (r *Report) exitCode() int {
 	case r.End == EndFailed:
 		return ExitFailed
 	case r.End != EndFinished:
+		return ExitReplayable
+	case r.Compared != nil && (r.Compared.Differ() > 0 || r.Quarantined > 0):
 		return ExitReplayable
 	case r.Left.Replayable > 0 || r.Left.Waiting > 0 || len(r.Unrouted) > 0:
 		return ExitReplayable
@@ -119,6 +131,31 @@ func (r *runner) left(ctx context.Context) (LeftCounts, error) {
 	return left, nil
 }
 
+// untested is what is left of a test replay: what it has sent is done, whatever
+// came of it, and what is quarantined is none of its business.
+func (r *runner) untested(left LeftCounts, c *Comparison) LeftCounts {
+	if r.touched == nil {
+		open := max(left.Replayable+left.Rejected+left.Waiting-c.failed, 0)
+		waiting := min(left.Waiting, open)
+		return LeftCounts{Replayable: open - waiting, Waiting: waiting}
+	}
+	left = LeftCounts{}
+	for id := range r.touched {
+		if _, done := c.tested[id]; !done {
+			left.Replayable++
+		}
+	}
+	return left
+}
+
+// sends reports whether the run's filter lets a request be sent to its target.
+func (r *runner) sends(f *ledger.Filter, q *ledger.Request) bool {
+	if r.Target != "" {
+		return f.Testable(q, q.Status)
+	}
+	return f.Sendable(q, q.Status)
+}
+
 // newer reports whether requests match that came after the selection was frozen.
 func (r *runner) newer(ctx context.Context) (bool, error) {
 	now, err := r.Ledger.Now(ctx)
@@ -133,7 +170,7 @@ func (r *runner) newer(ctx context.Context) (bool, error) {
 			return false, err
 		}
 		for _, q := range page.Requests {
-			if q.Seq > r.run.MaxSeq && filter.Sendable(&q, q.Status) {
+			if q.Seq > r.run.MaxSeq && r.sends(&filter, &q) {
 				return true, nil
 			}
 		}

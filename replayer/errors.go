@@ -17,6 +17,9 @@ var (
 	ErrPaused = errors.New("paused for too long")
 	// ErrLost: the run's lease was lost, so another process may work on it.
 	ErrLost = errors.New("another process has taken the run over")
+	// ErrProduction: a test replay would reach an API that requests were captured
+	// for.
+	ErrProduction = errors.New("a test replay must not reach it")
 	// ErrNoUpstream: a request's route has no upstream.
 	ErrNoUpstream = errors.New("route has no upstream")
 )

@@ -2,6 +2,7 @@ package replayer
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"sync"
@@ -169,6 +170,9 @@ func (g *gate) try(ctx context.Context, probe func(context.Context) error) (bool
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if errors.Is(err, ErrProduction) {
+		return false, err
+	}
 	if err == nil {
 		g.unreachable = false
 		return !g.until.After(g.clock.Now()), nil
@@ -222,6 +226,9 @@ func (g *gate) wait(ctx context.Context, probe func(context.Context) error) erro
 			err := probe(ctx)
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
+			}
+			if errors.Is(err, ErrProduction) {
+				return err
 			}
 			g.mu.Lock()
 			if err == nil {

@@ -49,6 +49,14 @@ func openRun(ctx context.Context, o Options) (found opened, err error) {
 		if free, err = abandoned(ctx, o, r); err != nil {
 			return opened{}, err
 		}
+		if free && o.Again {
+			free = false
+			if err := o.Ledger.CancelRun(ctx, r.ID); err != nil && !errors.Is(err, ledger.ErrConflict) {
+				return opened{}, fmt.Errorf("cancel the run before: %w", err)
+			}
+			o.Logger.Info("a run that was left unfinished is cancelled, a new one sends all again", "run", r.ID)
+			continue
+		}
 		if free {
 			filter = r.Filter
 			continue

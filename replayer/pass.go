@@ -457,7 +457,7 @@ var errAside = errors.New("the API is not to be sent to now")
 func (p *pass) prepare(it *item) (now bool, err error) {
 	now = true
 	if !p.turn {
-		slept, err := p.pace(p.begin)
+		slept, err := p.pace(p.begin, it.c.ReceivedAt)
 		if err != nil {
 			return false, err
 		}
@@ -492,7 +492,7 @@ func (p *pass) batch() error {
 		if it == nil {
 			break
 		}
-		if len(chosen) > 0 && p.limiter != nil && !p.limiter.AllowN(p.Clock.Now(), 1) {
+		if len(chosen) > 0 && !p.allows(it.c.ReceivedAt) {
 			break
 		}
 		heap.Pop(&it.lane.ready)
@@ -846,15 +846,30 @@ func (r *runner) touch(id uuid.UUID) {
 	}
 }
 
-// pace waits for the next turn by the rate, and says whether it had to.
-func (r *runner) pace(ctx context.Context) (bool, error) {
-	if r.limiter == nil {
-		return false, nil
-	}
+// pace waits for the next turn by the rate, or by the original pace, and says
+// whether it had to.
+func (r *runner) pace(ctx context.Context, received time.Time) (bool, error) {
 	now := r.Clock.Now()
-	delay := r.limiter.ReserveN(now, 1).DelayFrom(now)
+	delay := time.Duration(0)
+	switch {
+	case r.limiter != nil:
+		delay = r.limiter.ReserveN(now, 1).DelayFrom(now)
+	case r.speed != nil:
+		delay = r.speed.next(now, received)
+	}
 	if delay <= 0 {
 		return false, nil
 	}
 	return true, r.Clock.Sleep(ctx, delay)
+}
+
+// allows takes the next turn if it is there right now.
+func (r *runner) allows(received time.Time) bool {
+	switch now := r.Clock.Now(); {
+	case r.limiter != nil:
+		return r.limiter.AllowN(now, 1)
+	case r.speed != nil:
+		return r.speed.allows(now, received)
+	}
+	return true
 }

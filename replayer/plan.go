@@ -107,6 +107,10 @@ func MakePlan(ctx context.Context, l planLedger, filter ledger.Filter, o PlanOpt
 		Sample: []Sample{}, Unrouted: make(map[string]int64),
 	}
 	by := order(o.OrderBy)
+	sends := (*ledger.Filter).Sendable
+	if o.OtherTarget {
+		sends = (*ledger.Filter).Testable
+	}
 	var ordered []planned
 	var failed error
 	// What waits and what is quarantined matches all but the state. The listing
@@ -123,14 +127,14 @@ func MakePlan(ctx context.Context, l planLedger, filter ledger.Filter, o PlanOpt
 	}
 	err := each(ctx, l, wide, func(q ledger.Request) {
 		then := q
-		then.Replayable = true
+		then.Replayable, then.PayloadExpired = true, false
 		switch {
 		case q.State == capture.StateQuarantined:
 			p.Quarantined++
-		case !narrow.Sendable(&then, 0):
+		case !sends(&narrow, &then, 0):
 		case q.PayloadExpired:
 			p.PayloadExpired++
-		case !narrow.Sendable(&q, 0):
+		case !sends(&narrow, &q, 0):
 			p.Waiting++
 		case o.Known != nil && !o.Known(q.Route):
 			p.Unrouted[q.Route]++

@@ -72,6 +72,9 @@ type Report struct {
 	// Failures are the first requests whose last attempt by this process did not
 	// succeed, at most [MaxFailures].
 	Failures []Failure `json:"failures,omitempty"`
+	// Compared is there for a run to another target. The report that the ledger
+	// keeps has no values of bodies in it.
+	Compared *Comparison `json:"compared,omitempty"`
 	End      string    `json:"end"`
 	Reason   string    `json:"reason,omitempty"`
 	ExitCode int       `json:"exit_code"`
@@ -232,6 +235,9 @@ func (r *Report) WriteText(w io.Writer) error {
 	}
 	if len(r.Unrouted) > 0 {
 		fmt.Fprintf(&b, "no route   %s (left alone)\n", printable(counts(r.Unrouted)))
+	}
+	if r.Compared != nil {
+		r.Compared.writeText(&b)
 	}
 	if len(r.Failures) > 0 {
 		b.WriteString("failures\n")

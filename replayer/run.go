@@ -23,6 +23,7 @@ type Ledger interface {
 	ledger.Replayer
 	payloads
 	lister
+	comparer
 	Now(ctx context.Context) (time.Time, error)
 	getter
 	Quarantine(ctx context.Context, id uuid.UUID, reason, detail string) error
@@ -66,6 +67,16 @@ type Options struct {
 	PastBlocked bool
 	Concurrency int           // requests in flight, default 4
 	Rate        float64       // sends per second, 0 is unlimited
+	// Speed sends at the pace at which requests were received, times this factor;
+	// 0 has no pace of its own. Pauses are no longer than MaxGap, default 1m,
+	// before the factor. Not together with Rate.
+	Speed  float64
+	MaxGap time.Duration
+	// Again makes a new run though one with the same filter and target was left
+	// unfinished, and cancels that.
+	Again bool
+	// Ignore are parts of JSON bodies that a test replay does not compare.
+	Ignore      []JSONPath
 	MaxAttempts int           // of one request in this run, default 3
 	Limit       int           // requests that this process sends at most, 0 is unlimited
 	Wait        time.Duration // how long to wait for those that are not yet replayable
@@ -84,6 +95,9 @@ func (o *Options) setDefaults() {
 	}
 	if o.MaxAttempts == 0 {
 		o.MaxAttempts = 3
+	}
+	if o.MaxGap == 0 {
+		o.MaxGap = time.Minute
 	}
 	if o.PauseLimit == 0 {
 		o.PauseLimit = 5 * time.Minute
@@ -134,6 +148,7 @@ type runner struct {
 	writer  *writer
 	gates   gates
 	limiter *rate.Limiter
+	speed   *speed // nil without one
 	order   order
 	tally   tally
 
@@ -219,6 +234,9 @@ func Run(ctx context.Context, o Options) (Report, error) {
 		// A burst of a twentieth of a second: even pacing below 20 a second, and
 		// batches worth a transaction above.
 		r.limiter = rate.NewLimiter(rate.Limit(o.Rate), max(1, int(o.Rate/20)))
+	}
+	if o.Speed > 0 {
+		r.speed = &speed{factor: o.Speed, maxGap: o.MaxGap}
 	}
 	if o.Limit > 0 {
 		r.touched = make(map[uuid.UUID]struct{})

@@ -50,6 +50,8 @@ type UpstreamOptions struct {
 	// MaxConns is how many connections there may be: as many as requests are
 	// sent at a time.
 	MaxConns int
+	// Dial makes all connections; nil means [net.Dialer.DialContext].
+	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 }
 
 // Upstream is one API, the connections to it, and what a route has changed in
@@ -67,6 +69,7 @@ type api struct {
 	base string // scheme and host
 	addr string
 	tls  *tls.Config // nil for http
+	dial func(ctx context.Context, network, addr string) (net.Conn, error)
 }
 
 // header is one field of a request's head.
@@ -81,9 +84,9 @@ const idleTimeout = time.Second
 
 // NewUpstream reads the certificates and makes the pool. It does not connect.
 func NewUpstream(o UpstreamOptions) (*Upstream, error) {
-	a := &api{base: o.URL.Scheme + "://" + o.URL.Host, addr: o.URL.Host}
-	if o.URL.Port() == "" {
-		a.addr = net.JoinHostPort(o.URL.Hostname(), map[string]string{"http": "80", "https": "443"}[o.URL.Scheme])
+	a := &api{base: o.URL.Scheme + "://" + o.URL.Host, addr: addrOf(o.URL), dial: o.Dial}
+	if a.dial == nil {
+		a.dial = new(net.Dialer).DialContext
 	}
 	if o.URL.Scheme == "https" {
 		a.tls = &tls.Config{ServerName: o.URL.Hostname(), NextProtos: []string{"http/1.1"}}
@@ -99,13 +102,21 @@ func NewUpstream(o UpstreamOptions) (*Upstream, error) {
 		}
 	}
 	pool, err := upstream.New(upstream.Options{
-		URL: o.URL, TLS: a.tls, MaxConns: o.MaxConns, IdleTimeout: idleTimeout,
+		URL: o.URL, TLS: a.tls, MaxConns: o.MaxConns, IdleTimeout: idleTimeout, Dial: o.Dial,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("make upstream: %w", err)
 	}
 	a.pool = pool
 	return &Upstream{api: a, host: o.Host, health: o.Health}, nil
+}
+
+// addrOf gives host and port of an API.
+func addrOf(u *url.URL) string {
+	if u.Port() != "" {
+		return u.Host
+	}
+	return net.JoinHostPort(u.Hostname(), map[string]string{"http": "80", "https": "443"}[u.Scheme])
 }
 
 // For makes one upstream the upstream of every route.
@@ -138,7 +149,7 @@ func (u *Upstream) Probe(ctx context.Context) error {
 	// A connection of its own: one that was kept alive may have died with the API
 	// before.
 	client := http.Client{
-		Transport:     &http.Transport{DisableKeepAlives: true, TLSClientConfig: u.tls.Clone()},
+		Transport:     &http.Transport{DisableKeepAlives: true, TLSClientConfig: u.tls.Clone(), DialContext: u.dial},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	resp, err := client.Do(req)
@@ -158,17 +169,15 @@ func (u *Upstream) Probe(ctx context.Context) error {
 // connect opens a connection, TLS handshake included, and closes it. No byte of a
 // request is sent.
 func (a *api) connect(ctx context.Context) error {
-	var dialer interface {
-		DialContext(ctx context.Context, network, addr string) (net.Conn, error)
-	} = &net.Dialer{}
-	if a.tls != nil {
-		dialer = &tls.Dialer{Config: a.tls}
-	}
-	c, err := dialer.DialContext(ctx, "tcp", a.addr)
+	c, err := a.dial(ctx, "tcp", a.addr)
 	if err != nil {
 		return err
 	}
-	return c.Close()
+	defer func() { _ = c.Close() }() // nothing was said
+	if a.tls != nil {
+		return tls.Client(c, a.tls).HandshakeContext(ctx)
+	}
+	return nil
 }
 
 // payloads reads captured requests.

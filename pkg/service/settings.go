@@ -231,6 +231,7 @@ func replayFlags() []string {
 		"since", "until", "state", "status", "route", "method", "path", "id", "limit",
 		"rate", "concurrency", "max-attempts", "order-by", "past-blocked", "upstream",
 		"health-path", "wait", "pause-limit", "fence-timeout", "ignore-ingress", "output", "reason",
+		"speed", "max-gap", "again", "ignore",
 	}
 }
 

@@ -42,6 +42,9 @@ type Options struct {
 	// 30 s: below the keep-alive of common servers (60 to 75 s), so that it is
 	// mostly we who close.
 	IdleTimeout time.Duration
+	// Dial connects, below TLS; nil means [net.Dialer.DialContext]. An error of it
+	// is the cause in the *Error.
+	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 	// DialTimeout bounds connecting, TLS handshake included. Default 5 s.
 	DialTimeout time.Duration
 	// MaxHeaderBytes bounds the head of an answer. Default 256 KiB.
@@ -95,6 +98,9 @@ var (
 func New(o Options) (*Pool, error) {
 	if o.URL == nil || o.URL.Host == "" || o.URL.Scheme != "http" && o.URL.Scheme != "https" {
 		return nil, fmt.Errorf("upstream %v: an http or https URL with a host is needed", o.URL)
+	}
+	if o.Dial == nil {
+		o.Dial = new(net.Dialer).DialContext
 	}
 	o.MaxConns = cmpOr(o.MaxConns, 1024)
 	o.IdleTimeout = cmpOr(o.IdleTimeout, 30*time.Second)
@@ -223,8 +229,7 @@ func (p *Pool) dial(deadline time.Time) (*conn, error) {
 	timeout := min(p.o.DialTimeout, time.Until(deadline))
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	var d net.Dialer
-	nc, err := d.DialContext(ctx, "tcp", p.addr)
+	nc, err := p.o.Dial(ctx, "tcp", p.addr)
 	if err != nil {
 		return nil, err
 	}
