@@ -32,7 +32,7 @@ type ImportOptions struct {
 	Reader Reader
 	// Route gives the route of a request, nil where none takes it.
 	Route func(host, target, method string) *route.Route
-	// Now bounds times: a request from the future counts as one of now.
+	// Now bounds times. A request that is at most a day ahead was received now.
 	Now time.Time
 	// Refused is called for each item that is not taken.
 	Refused func(number int, reason string)
@@ -57,6 +57,10 @@ const (
 	inlineBody = 512 << 10
 )
 
+// ahead is how far the clock of whoever wrote a file may be ahead of the ledger's:
+// by the wrong time zone, at most.
+const ahead = 24 * time.Hour
+
 // Import records the requests of one file. With an error, of reading or of the
 // ledger, the counts tell what was done before; importing the file again does
 // the rest.
@@ -69,8 +73,8 @@ const (
 func Import(ctx context.Context, o ImportOptions) (Imported, error) {
 	im := importer{ImportOptions: o, seen: make(map[[16]byte]int)}
 	err := im.read(ctx)
-	if flushed := im.flush(ctx); flushed != nil && !errors.Is(err, errLedger) {
-		err = errors.Join(err, flushed)
+	if !errors.Is(err, errLedger) {
+		err = errors.Join(err, im.flush(ctx))
 	}
 	return im.Imported, err
 }
@@ -114,8 +118,8 @@ func (im *importer) refuse(number int, reason string) {
 }
 
 func (im *importer) take(ctx context.Context, e *Entry) error {
-	if e.At.Unix() < 0 || e.At.Year() > 9999 {
-		im.refuse(e.Number, "its time is before 1970 or after 9999")
+	if e.At.Unix() < 0 || e.At.After(im.Now.Add(ahead)) {
+		im.refuse(e.Number, "its time is before 1970 or in the future")
 		return nil
 	}
 	at := e.At
