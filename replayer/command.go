@@ -144,7 +144,7 @@ func (a *app) root() *cobra.Command {
 		}
 	})
 	root.AddCommand(a.planCommand(), a.runCommand(), a.runsCommand(), a.discardCommand(), a.quarantineCommand())
-	root.AddCommand(a.exportCommand(), a.importCommand())
+	root.AddCommand(a.exportCommand(), a.importCommand(), a.verifyCommand())
 
 	help := root.HelpFunc()
 	root.SetHelpFunc(func(cmd *cobra.Command, args []string) {
