@@ -29,6 +29,10 @@ const (
 	HeaderKill = "X-Example-Kill"
 )
 
+// HeaderKey names whose requests are to keep their order. The API does nothing
+// about it but record it: see [Arrival].
+const HeaderKey = "X-Client-Id"
+
 // Options says how the API behaves. Only DB is required.
 type Options struct {
 	Addr string // to listen on, 127.0.0.1:9000 by default; port 0 takes a free one
@@ -268,9 +272,14 @@ func (a *API) work(w http.ResponseWriter, r *http.Request) {
 	if n, err := strconv.Atoi(r.Header.Get(completion.HeaderAttempt)); err == nil {
 		row.Attempt = n
 	}
+	key, beside := r.Header.Get(HeaderKey), 0
+	if key != "" && row.Replay != "" {
+		beside = a.journal.enter(key)
+		defer a.journal.leave(key) // before the client has the answer, which is small
+	}
 	bodyErr := a.readBody(&row, http.MaxBytesReader(w, r.Body, a.opts.MaxBody))
 	err := a.journal.add(Arrival{
-		ID: row.ID, Attempt: row.Attempt, Replay: row.Replay, Method: row.Method, Target: row.Target,
+		Key: key, Beside: beside, ID: row.ID, Attempt: row.Attempt, Replay: row.Replay, Method: row.Method, Target: row.Target,
 		Bytes: row.Bytes, SHA256: row.SHA256, At: row.StoredAt, Incomplete: bodyErr != nil,
 	})
 	if err != nil {

@@ -25,6 +25,10 @@ type Arrival struct {
 	At      time.Time `json:"at"`
 	// Incomplete says that the body broke off; Bytes and SHA256 are of what came.
 	Incomplete bool `json:"incomplete,omitempty"`
+	// Key is the value of [HeaderKey], and Beside how many other replayed requests
+	// of that key the API worked on when this one, a replayed one too, came.
+	Key    string `json:"key,omitempty"`
+	Beside int    `json:"beside,omitempty"`
 }
 
 // ArrivalsFile is where an API with the given database keeps its arrivals: one
@@ -40,6 +44,7 @@ type journal struct {
 	seq     int64
 	repeats int64
 	seen    map[string]struct{} // ids that have arrived
+	working map[string]int      // replayed requests under way, by key
 }
 
 // openJournal opens or creates the file. A last line without end, which a full
@@ -49,7 +54,7 @@ func openJournal(path string) (*journal, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open arrivals: %w", err)
 	}
-	j := &journal{file: file, seen: map[string]struct{}{}}
+	j := &journal{file: file, seen: map[string]struct{}{}, working: map[string]int{}}
 	end, err := scanArrivals(file, func(a Arrival) { j.note(a) })
 	if err == nil {
 		err = file.Truncate(end)
@@ -88,6 +93,24 @@ func (j *journal) add(a Arrival) error {
 	return nil
 }
 
+// enter notes that a replayed request of the key is worked on, and returns how
+// many others are.
+func (j *journal) enter(key string) (others int) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	others = j.working[key]
+	j.working[key]++
+	return others
+}
+
+func (j *journal) leave(key string) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.working[key]--; j.working[key] == 0 {
+		delete(j.working, key)
+	}
+}
+
 // counts returns the number of arrivals, and how many of them had an id that
 // had arrived before.
 func (j *journal) counts() (arrivals, repeats int64) {
@@ -101,21 +124,30 @@ func (j *journal) close() error { return j.file.Close() }
 // ReadArrivals reads at most limit arrivals with a seq above after, in their
 // order, from a file of an API, whether or not it is running.
 func ReadArrivals(path string, after int64, limit int) ([]Arrival, error) {
-	file, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("read arrivals: %w", err)
-	}
-	defer file.Close()
 	arrivals := []Arrival{}
-	_, err = scanArrivals(file, func(a Arrival) {
+	err := EachArrival(path, func(a Arrival) {
 		if a.Seq > after && len(arrivals) < limit {
 			arrivals = append(arrivals, a)
 		}
 	})
 	if err != nil {
-		return nil, fmt.Errorf("read arrivals: %w", err)
+		return nil, err
 	}
 	return arrivals, nil
+}
+
+// EachArrival calls each for all arrivals in a file, in their order, and holds
+// none of them.
+func EachArrival(path string, each func(Arrival)) error {
+	file, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("read arrivals: %w", err)
+	}
+	defer file.Close()
+	if _, err := scanArrivals(file, each); err != nil {
+		return fmt.Errorf("read arrivals: %w", err)
+	}
+	return nil
 }
 
 // scanArrivals reads all whole lines and returns where the last one ends.

@@ -1,8 +1,11 @@
 // Command demo tells Holdfast's story with real processes, in under a minute:
 // clients send requests, the API is killed in the middle and comes back,
-// Holdfast itself is killed under load and comes back, one replay is run, and
-// the records of clients and API are compared. It fails when anything was lost,
-// and when a fault did not bite.
+// Holdfast itself is killed under load and comes back. One of the requests that
+// the API has missed kills it: the replay finds out which, puts it into
+// quarantine, and keeps back what comes after it by its ordering key, until a
+// second replay is told to go on without it. Then the records of clients and API
+// are compared. The demo fails when anything was lost or out of order, and when a
+// fault did not bite.
 package main
 
 import (
@@ -14,11 +17,14 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
 	_ "modernc.org/sqlite" // the ledger's write lock is taken with SQL
 
+	"github.com/holdfast-io/holdfast/e2e/exampleapi"
 	"github.com/holdfast-io/holdfast/e2e/harness"
 	"github.com/holdfast-io/holdfast/e2e/history"
 	"github.com/holdfast-io/holdfast/e2e/proc"
@@ -28,6 +34,9 @@ import (
 const (
 	leastFailed     = 100 // requests that failed before the replay
 	leastUnrecorded = 1   // answered requests that were not in the ledger at the kill
+	leastCrashes    = 2   // of the API in the replay, by one request
+	leastBehind     = 3   // failed requests that come after that one by their key
+	keys            = 8
 )
 
 func main() {
@@ -60,9 +69,9 @@ type demo struct {
 	dir      string
 	began    time.Time
 	sys      *harness.System
-	api      *proc.Process
-	apiAddr  string
+	api      *exampleapi.Keeper
 	load     *history.Load
+	callers  *callers
 }
 
 func (d *demo) say(format string, args ...any) {
@@ -76,17 +85,21 @@ func (d *demo) run(ctx context.Context) (err error) {
 	if d.bin, err = filepath.Abs(d.bin); err != nil {
 		return fmt.Errorf("find the binaries: %w", err)
 	}
-	if d.apiAddr, err = proc.FreeAddr(); err != nil {
+	addr, err := proc.FreeAddr()
+	if err != nil {
 		return err
 	}
-	if err := d.startAPI(ctx); err != nil {
+	d.api = exampleapi.NewKeeper(d.bin, d.dir, addr, "-crash-body", poison)
+	if err := d.api.Start(ctx); err != nil {
 		return err
 	}
-	defer func() { d.api.Kill() }()
+	defer d.api.Kill()
 	d.sys, err = harness.New(harness.Options{
-		Topology: harness.Standalone, Bin: d.bin, Dir: d.dir, Upstream: "http://" + d.apiAddr,
-		// Short, so that the story is.
-		Settings: map[string]string{"UPSTREAM_TIMEOUT": "3s", "GRACE": "2s", "ACCESS_LOG": "off"},
+		Topology: harness.Standalone, Bin: d.bin, Dir: d.dir, Upstream: d.api.URL(),
+		Settings: map[string]string{
+			"ORDER_BY": "header:" + exampleapi.HeaderKey, "ACCESS_LOG": "off",
+			"UPSTREAM_TIMEOUT": "3s", "GRACE": "2s", // short, so that the story is
+		},
 	})
 	if err != nil {
 		return err
@@ -95,12 +108,22 @@ func (d *demo) run(ctx context.Context) (err error) {
 	if err := d.sys.Start(ctx); err != nil {
 		return err
 	}
-	d.say("an API listens on %s; holdfast standalone is in front of it on %s", d.apiAddr, d.sys.IngressURL())
+	d.say("an API listens on %s; holdfast standalone is in front of it on %s", addr, d.sys.IngressURL())
 
 	d.load = &history.Load{URL: d.sys.IngressURL() + "/v1/calls", Clients: 16, Requests: d.requests, Pause: 15 * time.Millisecond, Size: 512, Seed: 1}
 	d.load.Start()
 	defer d.load.Stop()
-	d.say("16 clients send %d requests", d.requests)
+	d.callers = &callers{url: d.load.URL, keys: keys, pause: d.load.Pause}
+	d.callers.start()
+	calling := true
+	stopCalling := func() {
+		if calling {
+			d.callers.wait()
+		}
+		calling = false
+	}
+	defer stopCalling()
+	d.say("16 clients send %d requests, and %d more send calls that have to keep their order", d.requests, keys)
 
 	if err := d.killAPI(ctx); err != nil {
 		return err
@@ -110,28 +133,16 @@ func (d *demo) run(ctx context.Context) (err error) {
 		return err
 	}
 	d.load.Wait()
+	stopCalling()
 	_, failed := d.load.Count()
 	d.say("all requests are sent; %d of them got a 5xx or a broken connection", failed)
 
-	if err := d.replay(ctx); err != nil {
-		return err
-	}
-	return d.judge(ctx, failed, unrecorded)
-}
-
-func (d *demo) startAPI(ctx context.Context) error {
-	p, err := proc.Start(proc.Spec{
-		Name: "exampleapi", Path: filepath.Join(d.bin, "exampleapi"), Dir: d.dir,
-		Args: []string{"-addr", d.apiAddr, "-db", d.db()},
-	})
+	crashes, err := d.replay(ctx)
 	if err != nil {
 		return err
 	}
-	d.api = p
-	return proc.AwaitHTTP(ctx, p, "http://"+d.apiAddr+"/stats")
+	return d.judge(ctx, failed, unrecorded, crashes)
 }
-
-func (d *demo) db() string { return filepath.Join(d.dir, "api.db") }
 
 // until waits for a condition on the load's progress.
 func (d *demo) until(ctx context.Context, cond func(ended, failed int) bool) error {
@@ -157,11 +168,16 @@ func (d *demo) killAPI(ctx context.Context) error {
 		return err
 	}
 	d.api.Kill()
-	d.say("kill -9 the API, under load")
-	if err := d.until(ctx, func(_, failed int) bool { return failed >= 2*leastFailed }); err != nil {
+	d.say("kill -9 the API, under load; while it is away, a request comes in of which it will die")
+	d.callers.killer.Store(true)
+	err := d.until(ctx, func(_, failed int) bool {
+		sent, behind := d.callers.progress()
+		return sent && behind >= leastBehind && failed >= 2*leastFailed
+	})
+	if err != nil {
 		return err
 	}
-	if err := d.startAPI(ctx); err != nil {
+	if err := d.api.Start(ctx); err != nil {
 		return err
 	}
 	_, failed := d.load.Count()
@@ -219,33 +235,87 @@ func (d *demo) killHoldfast(ctx context.Context) (unrecorded int, err error) {
 	return unrecorded, nil
 }
 
-func (d *demo) replay(ctx context.Context) error {
-	d.say("replayer run")
-	code, out, err := d.sys.Replay(ctx, "run", "--wait", "30s", "--concurrency", "8")
-	if err != nil {
-		return err
+// replay runs both replays, and says how often the API died of them.
+func (d *demo) replay(ctx context.Context) (crashes int, err error) {
+	before := d.api.Crashes()
+	for _, run := range []struct {
+		args []string
+		code int // what is left by then
+	}{
+		{nil, exitReplayable},
+		{[]string{"--past-blocked"}, exitHeld},
+	} {
+		args := append([]string{"run", "--wait", "30s", "--concurrency", "8"}, run.args...)
+		d.say("replayer %s", strings.Join(args, " "))
+		code, out, err := d.sys.Replay(ctx, args...)
+		if err != nil {
+			return 0, err
+		}
+		fmt.Println(out)
+		if code != run.code {
+			return 0, fmt.Errorf("the replay ended with exit code %d, not %d", code, run.code)
+		}
 	}
-	fmt.Println(out)
-	if code != 0 {
-		return fmt.Errorf("the replay ended with exit code %d", code)
-	}
-	return nil
+	return d.api.Crashes() - before, nil
 }
 
-func (d *demo) judge(ctx context.Context, failed, unrecorded int) error {
-	v, err := history.Check(ctx, d.load.Sent(), d.db())
+// Exit codes of replayer run.
+const (
+	exitReplayable = 3 // some are still replayable
+	exitHeld       = 4 // only quarantined ones are left
+)
+
+func (d *demo) judge(ctx context.Context, failed, unrecorded, crashes int) error {
+	sent, killer := d.callers.history()
+	v, err := history.Check(ctx, append(d.load.Sent(), sent...), d.api.DB())
 	if err != nil {
 		return err
 	}
+	quarantined, err := d.sys.Requests(ctx, "state=quarantined")
+	if err != nil {
+		return err
+	}
+	// What is held for an operator to decide is not lost.
+	v.Lost = slices.DeleteFunc(v.Lost, func(s history.Sent) bool {
+		return slices.ContainsFunc(quarantined, func(q harness.Request) bool { return q.ID == s.ID })
+	})
+	order, err := exampleapi.ReplayOrder(exampleapi.ArrivalsFile(d.api.DB()))
+	if err != nil {
+		return err
+	}
+	byKiller := 0 // crashes, by the API's own record
+	err = exampleapi.EachArrival(exampleapi.ArrivalsFile(d.api.DB()), func(a exampleapi.Arrival) {
+		if a.ID == killer.ID && a.Replay != "" {
+			byKiller++
+		}
+	})
+	if err != nil {
+		return err
+	}
+	kept := "no"
+	if order.Kept() {
+		kept = "yes"
+	}
 	d.say("what the clients' and the API's own records say:\n\n%s", v)
-	if failed < leastFailed {
+	fmt.Printf("  %-26s %6d\n  %-26s %6d\n  %-26s %6d\n  %-26s %6s\n", "quarantined", len(quarantined),
+		"crashes of the API by it", byKiller, "keys in the replay", order.Keys, "order kept", kept)
+	switch {
+	case failed < leastFailed:
 		return fmt.Errorf("only %d requests failed before the replay, %d are needed to prove anything", failed, leastFailed)
-	}
-	if unrecorded < leastUnrecorded {
+	case unrecorded < leastUnrecorded:
 		return errors.New("every answered request was in the ledger when holdfast was killed: that kill proved nothing")
-	}
-	if v.Replayed == 0 {
+	case v.Replayed == 0:
 		return errors.New("nothing was replayed")
+	case byKiller < leastCrashes:
+		return fmt.Errorf("the API died %d times of the killer in the replay, %d are needed to prove anything", byKiller, leastCrashes)
+	case crashes != byKiller:
+		return fmt.Errorf("the API died %d times in the replay, but met the killer %d times", crashes, byKiller)
+	case len(quarantined) != 1 || quarantined[0].ID != killer.ID:
+		return fmt.Errorf("quarantined is %+v, and not the killer %s alone", quarantined, killer.ID)
+	case order.Keys < keys:
+		return fmt.Errorf("requests of %d keys were replayed, not of all %d", order.Keys, keys)
+	case !order.Kept():
+		return fmt.Errorf("the order of keys was not kept:\n%s", strings.Join(order.Broken, "\n"))
 	}
 	return v.Err()
 }
