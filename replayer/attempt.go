@@ -32,9 +32,16 @@ func (r *runner) attempt(begin, flight context.Context, it *item) {
 	if sent {
 		r.tally.sent()
 	}
+	// Before anything else: what died may be back in a moment.
+	var exam error
+	if it.alone && sent && it.well && got.death() != "" {
+		if exam = it.up.Examine(begin); begin.Err() != nil {
+			exam = nil // that is why, and no evidence
+		}
+	}
 	// Its place is free once the writer has room: results do not pile up.
 	r.writer.add(ledger.Ended{ID: b.ID, Token: b.Token, Attempt: a})
-	r.post(event{id: b.ID, landed: true, sent: sent, got: got, verdict: a.Verdict, began: a.StartedAt, ended: a.EndedAt})
+	r.post(event{id: b.ID, landed: true, sent: sent, got: got, exam: exam, verdict: a.Verdict, began: a.StartedAt, ended: a.EndedAt})
 }
 
 // event is what became of an attempt: it has landed, and its result was written.
@@ -44,6 +51,7 @@ type event struct {
 	landed       bool // else written
 	sent         bool
 	got          answer
+	exam         error // of the API, after a death alone
 	verdict      capture.Verdict
 	began, ended time.Time
 	lost         bool // not written: the lease was somebody else's
@@ -103,7 +111,7 @@ func (r *runner) shape(it *item, took time.Duration) {
 	case asked:
 		gate.askedToWait(wait)
 	case got.death() != "":
-		gate.died()
+		gate.died(got.broke)
 	case got.whole:
 		gate.answered()
 	}

@@ -22,6 +22,8 @@ type gate struct {
 	until time.Time
 	// unreachable says that a probe must succeed before the next send.
 	unreachable bool
+	// broke says that connections broke: one must hold to be a proof of life.
+	broke bool
 	// shutSince is when the gate was shut after the last good answer; zero while
 	// all is well. The limit counts from it.
 	shutSince time.Time
@@ -93,14 +95,25 @@ func (g *gate) askedToWait(d time.Duration) {
 }
 
 // died notes that an attempt ended as if the API had died: a probe must succeed
-// before the next send.
-func (g *gate) died() {
+// before the next send. broke says that a connection broke.
+func (g *gate) died(broke bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	g.broke = g.broke || broke
 	if !g.unreachable {
 		g.troubles++
 	}
 	g.unreachable = true
+}
+
+// probe gives what asks after the API at this gate.
+func (g *gate) probe(up *Upstream) func(context.Context) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.broke {
+		return up.Examine
+	}
+	return up.Probe
 }
 
 // doubt asks for a probe before the next send.
@@ -122,7 +135,7 @@ func (g *gate) well() bool {
 func (g *gate) answered() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.troubles = 0
+	g.troubles, g.broke = 0, false
 	if !g.unreachable && !g.until.After(g.clock.Now()) {
 		g.shutSince = time.Time{}
 	}

@@ -39,8 +39,9 @@ import (
 	"github.com/holdfast-io/holdfast/replayer"
 )
 
-// binary is the command, built once for the tests that need a process.
-var binary string
+// binary is the command, and exampleAPI an API that can crash, both built once
+// for the tests that need processes.
+var binary, exampleAPI string
 
 func TestMain(m *testing.M) { os.Exit(run(m)) }
 
@@ -54,6 +55,13 @@ func run(m *testing.M) int {
 	binary = filepath.Join(dir, "replayer")
 	if out, err := exec.Command("go", "build", "-o", binary, "./cmd/replayer").CombinedOutput(); err != nil {
 		fmt.Fprintf(os.Stderr, "build the command: %v\n%s", err, out)
+		return 1
+	}
+	exampleAPI = filepath.Join(dir, "exampleapi")
+	build := exec.Command("go", "build", "-o", exampleAPI, "./cmd/exampleapi")
+	build.Dir = "../e2e"
+	if out, err := build.CombinedOutput(); err != nil {
+		fmt.Fprintf(os.Stderr, "build the example API: %v\n%s", err, out)
 		return 1
 	}
 	code := m.Run()
@@ -370,9 +378,14 @@ func (p port) listen() (net.Listener, error) {
 
 func upstreamTo(t testing.TB, rawURL string) *replayer.Upstream {
 	t.Helper()
+	return upstreamWithHealth(t, rawURL, "")
+}
+
+func upstreamWithHealth(t testing.TB, rawURL, health string) *replayer.Upstream {
+	t.Helper()
 	u, err := url.Parse(rawURL)
 	require.NoError(t, err)
-	up, err := replayer.NewUpstream(replayer.UpstreamOptions{URL: u, MaxConns: 64})
+	up, err := replayer.NewUpstream(replayer.UpstreamOptions{URL: u, MaxConns: 64, Health: health})
 	require.NoError(t, err)
 	t.Cleanup(up.Close)
 	return up

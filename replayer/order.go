@@ -108,7 +108,7 @@ func (r *runner) selectable() int {
 	if r.Target != "" && r.order != OrderNone {
 		return unbounded
 	}
-	return r.MaxAttempts
+	return r.MaxAttempts + r.spare
 }
 
 // block is a key that goes no further in this pass.

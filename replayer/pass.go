@@ -57,6 +57,7 @@ type item struct {
 	sent    bool
 	lost    bool
 	got     answer
+	exam    error
 	verdict capture.Verdict
 	ended   time.Time
 }
@@ -466,7 +467,7 @@ func (p *pass) prepare(it *item) (now bool, err error) {
 	if gate := it.lane.gate; !gate.isOpen() {
 		now = false
 		if !p.Upstreams.Several() {
-			err = gate.wait(p.begin, it.up.Probe)
+			err = gate.wait(p.begin, gate.probe(it.up))
 		} else if open, terr := p.try(p.begin, it.up); terr != nil {
 			err = terr
 		} else if !open {
@@ -524,6 +525,9 @@ func (p *pass) start(chosen []*item) error {
 	opts := ledger.BeginOptions{MaxAttempts: p.MaxAttempts, Order: p.order.ledger(), PastBlocked: p.PastBlocked}
 	ids := make([]uuid.UUID, len(chosen))
 	for i, it := range chosen {
+		if it.alone {
+			opts.MaxAttempts = p.allowed(it.c.ID) // nothing else is begun with it
+		}
 		ids[i] = it.c.ID
 		opts.Lease = max(opts.Lease, it.c.Policy.Timeout+leaseMargin)
 		if p.order.given() && !it.key.none() {
@@ -595,7 +599,7 @@ func (p *pass) settle() error {
 			continue
 		}
 		if e.landed {
-			it.landed, it.sent, it.got, it.verdict, it.ended = true, e.sent, e.got, e.verdict, e.ended
+			it.landed, it.sent, it.got, it.exam, it.verdict, it.ended = true, e.sent, e.got, e.exam, e.verdict, e.ended
 			it.lane.gate.window.end()
 			p.inflight--
 			if e.sent {
@@ -618,11 +622,15 @@ func (p *pass) settle() error {
 // judge says what follows from an attempt whose result is in the ledger.
 func (p *pass) judge(it *item) error {
 	suspect := false
+	if it.got.unconnected {
+		p.unsent[it.c.ID]++
+		if p.suspects[it.c.ID] != nil {
+			p.spare = max(p.spare, p.unsent[it.c.ID])
+		}
+	}
 	switch {
 	case it.died() && it.alone:
-		if err := p.autopsy(p.begin, it); err != nil {
-			return err
-		}
+		p.autopsy(it)
 		suspect = true
 	case it.died():
 		p.suspect(it.c.ID)

@@ -65,8 +65,8 @@ type Options struct {
 	OrderBy string
 	// PastBlocked goes on with a key though an earlier request of it is open.
 	PastBlocked bool
-	Concurrency int           // requests in flight, default 4
-	Rate        float64       // sends per second, 0 is unlimited
+	Concurrency int     // requests in flight, default 4
+	Rate        float64 // sends per second, 0 is unlimited
 	// Speed sends at the pace at which requests were received, times this factor;
 	// 0 has no pace of its own. Pauses are no longer than MaxGap, default 1m,
 	// before the factor. Not together with Rate.
@@ -175,6 +175,8 @@ type runner struct {
 	suspects    map[uuid.UUID]*suspicion // requests that may have killed an API
 	unexplained map[uuid.UUID]*suspicion // of those, whose last death nothing explains
 	guilty      map[uuid.UUID]struct{}   // killers of another target, which are not sent again
+	unsent      map[uuid.UUID]int        // attempts that found no connection
+	spare       int                      // the most of them that a suspect has had
 	killers     []Killer                 // the first ones
 	convicted   int64
 }
@@ -229,6 +231,7 @@ func Run(ctx context.Context, o Options) (Report, error) {
 		aside: make(map[*api]*Upstream), given: make(map[*api]error),
 		order: order(o.OrderBy), signal: make(chan struct{}, 1),
 		suspects: make(map[uuid.UUID]*suspicion), unexplained: make(map[uuid.UUID]*suspicion), guilty: make(map[uuid.UUID]struct{}),
+		unsent: make(map[uuid.UUID]int),
 	}
 	if o.Rate > 0 {
 		// A burst of a twentieth of a second: even pacing below 20 a second, and
@@ -389,7 +392,8 @@ func (r *runner) look(ctx context.Context) error {
 // try asks whether an API may be sent to. One that was away for too long is
 // given up: its requests stay replayable. The error is the cause when ctx ends.
 func (r *runner) try(ctx context.Context, up *Upstream) (bool, error) {
-	open, err := r.gates.before(up).try(ctx, up.Probe)
+	gate := r.gates.before(up)
+	open, err := gate.try(ctx, gate.probe(up))
 	switch {
 	case ctx.Err() != nil:
 		return false, context.Cause(ctx)
@@ -439,7 +443,7 @@ func (r *runner) await(ctx context.Context, patience *time.Duration, held bool) 
 func (r *runner) anything(ctx context.Context) (bool, error) {
 	after := uuid.Nil
 	for {
-		page, err := r.selectPage(ctx, after, r.MaxAttempts)
+		page, err := r.selectPage(ctx, after, r.MaxAttempts+r.spare)
 		if err != nil {
 			return false, err
 		}

@@ -169,15 +169,53 @@ func (u *Upstream) Probe(ctx context.Context) error {
 // connect opens a connection, TLS handshake included, and closes it. No byte of a
 // request is sent.
 func (a *api) connect(ctx context.Context) error {
-	c, err := a.dial(ctx, "tcp", a.addr)
+	c, err := a.reach(ctx)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = c.Close() }() // nothing was said
-	if a.tls != nil {
-		return tls.Client(c, a.tls).HandshakeContext(ctx)
-	}
+	_ = c.Close() // nothing was said
 	return nil
+}
+
+// reach opens a connection, TLS handshake included.
+func (a *api) reach(ctx context.Context) (net.Conn, error) {
+	c, err := a.dial(ctx, "tcp", a.addr)
+	if err != nil || a.tls == nil {
+		return c, err
+	}
+	secure := tls.Client(c, a.tls)
+	if err := secure.HandshakeContext(ctx); err != nil {
+		_ = c.Close() // the handshake is what failed
+		return nil, err
+	}
+	return secure, nil
+}
+
+// lastBreath is how long a process that is about to end may still accept
+// connections, to reset them when its listener goes.
+const lastBreath = 100 * time.Millisecond
+
+// Examine is Probe right after the API seemed to die: a connection must hold for
+// a moment to be a proof of life.
+func (u *Upstream) Examine(ctx context.Context) error {
+	if u.health != "" {
+		return u.Probe(ctx)
+	}
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	c, err := u.reach(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = c.Close() }() // nothing was written
+	if err := c.SetReadDeadline(time.Now().Add(lastBreath)); err != nil {
+		return err
+	}
+	var one [1]byte
+	if _, err = c.Read(one[:]); errors.Is(err, os.ErrDeadlineExceeded) {
+		err = nil
+	}
+	return err
 }
 
 // payloads reads captured requests.

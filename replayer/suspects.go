@@ -69,19 +69,21 @@ func (r *runner) suspect(id uuid.UUID) *suspicion {
 	if s == nil {
 		s = &suspicion{}
 		r.suspects[id] = s
+		r.spare = max(r.spare, r.unsent[id])
 	}
 	return s
 }
 
-// autopsy looks at the API after a request died alone.
-func (r *runner) autopsy(ctx context.Context, it *item) error {
+// allowed is how many attempts a request may have, to be sent alone: those that
+// found no connection, while the API was down, show nothing and are not counted.
+func (r *runner) allowed(id uuid.UUID) int { return r.MaxAttempts + r.unsent[id] }
+
+// autopsy keeps what was seen of the API when a request had died alone.
+func (r *runner) autopsy(it *item) {
 	d := death{attempt: it.begun.Attempt, at: it.ended, how: it.got.death()}
-	err := it.up.Probe(ctx)
 	switch {
-	case ctx.Err() != nil:
-		return context.Cause(ctx)
-	case err != nil:
-		d.then = fmt.Sprintf("then the probe failed: %v", err)
+	case it.exam != nil:
+		d.then = fmt.Sprintf("then the probe failed: %v", it.exam)
 	case it.up.health != "":
 		d.then = fmt.Sprintf("then %s answered that the API is well", it.up.health)
 	}
@@ -94,7 +96,6 @@ func (r *runner) autopsy(ctx context.Context, it *item) error {
 	}
 	r.Logger.Warn("the api did not survive a request that was sent alone, it seems", "request_id", it.c.ID,
 		"attempt", d.attempt, "death", d.how, "probe", d.then)
-	return nil
 }
 
 // vindicated notes that the API is well with another request: whoever died
