@@ -72,7 +72,7 @@ func TestSlowClients(t *testing.T) {
 	t.Parallel()
 	const each = 25
 	url := startAPI(t, http.HandlerFunc(echoOrLarge))
-	s := startSystem(t, url, "READ_HEADER_TIMEOUT=1s", "READ_BODY_TIMEOUT=1s", "WRITE_TIMEOUT=1s", "IDLE_TIMEOUT=1s")
+	s := startSystem(t, url, "READ_HEADER_TIMEOUT=3s", "READ_BODY_TIMEOUT=3s", "WRITE_TIMEOUT=3s", "IDLE_TIMEOUT=3s")
 	addr := ingressAddr(s)
 	a, err := (&keptAlive{addr: addr}).post(t.Context(), "/", strings.Repeat("w", 1000))
 	require.NoError(t, err)
