@@ -3,11 +3,15 @@ package replayer
 import (
 	"cmp"
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
+	"net/http"
 	"slices"
 	"strings"
+	"syscall"
 	"text/tabwriter"
 	"time"
 
@@ -42,27 +46,72 @@ func each(ctx context.Context, l lister, filter ledger.Filter, f func(ledger.Req
 
 // Plan is what a run would send, as it stands now.
 type Plan struct {
+	At       time.Time               `json:"at"` // by the ledger's clock
 	Filter   ledger.Filter           `json:"filter"`
 	Limit    int                     `json:"limit,omitempty"`
-	Requests int64                   `json:"requests"` // would be sent
-	Bytes    int64                   `json:"bytes"`    // of their bodies
+	Beyond   int64                   `json:"beyond,omitempty"` // match, and are more than the limit
+	Requests int64                   `json:"requests"`         // would be sent
+	Bytes    int64                   `json:"bytes"`            // of their bodies
 	Routes   map[string]int64        `json:"routes"`
 	States   map[capture.State]int64 `json:"states"`
 	Statuses map[string]int64        `json:"statuses"` // "none" where there was no answer
+	Keys     int64                   `json:"keys"`     // ordering keys among Requests
+	Keyed    int64                   `json:"keyed"`    // of Requests that have one
 	Oldest   time.Time               `json:"oldest,omitzero"`
 	Newest   time.Time               `json:"newest,omitzero"`
 	// What matches and would not be sent.
-	Waiting        int64 `json:"waiting"` // in their grace
-	Quarantined    int64 `json:"quarantined"`
-	PayloadExpired int64 `json:"payload_expired"`
+	Waiting        int64     `json:"waiting"`                // without verdict, in their grace
+	WaitingUntil   time.Time `json:"waiting_until,omitzero"` // when the last grace is over
+	Quarantined    int64     `json:"quarantined"`
+	PayloadExpired int64     `json:"payload_expired"`
 	// Unrouted counts those whose route is gone, by route.
 	Unrouted map[string]int64 `json:"unrouted,omitempty"`
 	// Blocked are those of Requests that wait for one of their key which a run
 	// would not send.
 	Blocked *Blocked `json:"blocked,omitempty"`
-	// Seconds is how long it takes at the given rate, 0 without one.
-	Seconds float64  `json:"estimate_seconds,omitempty"`
-	Sample  []Sample `json:"sample"` // the first ones
+	// Suspects are those of Requests that may have killed the API.
+	Suspects *Suspects `json:"suspects,omitempty"`
+	// Seconds is how long it takes to send what is not blocked, at what EstimateBy
+	// says: [ByRate] or [ByPace]. It is 0 where neither is known.
+	Seconds    float64 `json:"estimate_seconds,omitempty"`
+	EstimateBy string  `json:"estimate_by,omitempty"`
+	// PastPace is how fast the last runs went, nil where there are none to go by.
+	PastPace *PastPace `json:"past_pace,omitempty"`
+	Sample   []Sample  `json:"sample"` // the first ones
+
+	keys map[orderKey]struct{}
+}
+
+// What an estimate goes by.
+const (
+	ByRate = "rate" // the rate that was asked for
+	ByPace = "pace" // that of the last runs
+)
+
+// PastPace is how fast the last runs went, whatever rate, concurrency and API
+// they had.
+type PastPace struct {
+	PerSecond float64  `json:"per_second"` // attempts, over all of the time that the runs took
+	Runs      []string `json:"runs"`       // their ids, the newest first, at most 3
+}
+
+// Suspects are requests whose last attempt looks as if the API had died of it:
+// the connection broke, or the answer was 502, 503 or 504. Most of them died in
+// the company of others, or of an API that was away; a run finds out which are to
+// blame.
+type Suspects struct {
+	Requests int64 `json:"requests"`
+	// First are those with the most attempts, at most [MaxHeads].
+	First []Suspect `json:"first"`
+}
+
+// Suspect is a request that may have killed the API.
+type Suspect struct {
+	ID       uuid.UUID `json:"id"`
+	Attempts int       `json:"attempts"`
+	Deaths   int       `json:"deaths"` // how many of them look like one
+	Status   int       `json:"status,omitempty"`
+	Error    string    `json:"error,omitempty"`
 }
 
 // Sample is one request of a plan.
@@ -71,6 +120,9 @@ type Sample struct {
 	ReceivedAt time.Time     `json:"received_at"`
 	Method     string        `json:"method"`
 	Target     string        `json:"target"` // what is not printable ASCII is percent-encoded
+	Route      string        `json:"route"`
+	Key        string        `json:"key,omitempty"` // as Target
+	Bytes      int64         `json:"bytes"`         // of the body
 	State      capture.State `json:"state"`
 	Status     int           `json:"status,omitempty"`
 	Error      string        `json:"error,omitempty"`
@@ -95,6 +147,8 @@ type planLedger interface {
 	lister
 	payloads
 	getter
+	Now(ctx context.Context) (time.Time, error)
+	Runs(ctx context.Context, cursor string, limit int) ([]ledger.Run, string, error)
 }
 
 // MakePlan counts what a run with this filter would send. It reads only, and
@@ -104,8 +158,13 @@ func MakePlan(ctx context.Context, l planLedger, filter ledger.Filter, o PlanOpt
 	p := Plan{
 		Filter: filter, Limit: o.Limit,
 		Routes: make(map[string]int64), States: make(map[capture.State]int64), Statuses: make(map[string]int64),
-		Sample: []Sample{}, Unrouted: make(map[string]int64),
+		Sample: []Sample{}, Unrouted: make(map[string]int64), keys: make(map[orderKey]struct{}),
 	}
+	var err error
+	if p.At, err = l.Now(ctx); err != nil {
+		return Plan{}, err
+	}
+	suspects := &Suspects{}
 	by := order(o.OrderBy)
 	sends := (*ledger.Filter).Sendable
 	if o.OtherTarget {
@@ -125,7 +184,7 @@ func MakePlan(ctx context.Context, l planLedger, filter ledger.Filter, o PlanOpt
 		wide.States = append(wide.States, capture.StateRejected)
 		narrow.States = sendable
 	}
-	err := each(ctx, l, wide, func(q ledger.Request) {
+	err = each(ctx, l, wide, func(q ledger.Request) {
 		then := q
 		then.Replayable, then.PayloadExpired = true, false
 		switch {
@@ -136,14 +195,23 @@ func MakePlan(ctx context.Context, l planLedger, filter ledger.Filter, o PlanOpt
 			p.PayloadExpired++
 		case !sends(&narrow, &q, 0):
 			p.Waiting++
+			if q.GraceEnd.After(p.WaitingUntil) {
+				p.WaitingUntil = q.GraceEnd
+			}
 		case o.Known != nil && !o.Known(q.Route):
 			p.Unrouted[q.Route]++
 		case o.Limit > 0 && p.Requests >= int64(o.Limit):
+			p.Beyond++
 		default:
-			p.add(q)
 			value, err := by.keyOf(ctx, l, &q)
-			if failed = cmp.Or(failed, err); value != "" {
-				ordered = append(ordered, planned{id: q.ID, key: orderKey{route: q.Route, value: value}})
+			failed = cmp.Or(failed, err)
+			key := orderKey{route: q.Route, value: value}
+			p.add(q, key)
+			if !key.none() {
+				ordered = append(ordered, planned{id: q.ID, key: key})
+			}
+			if looksDead(q.Status, q.Error) {
+				suspects.add(q)
 			}
 		}
 	})
@@ -155,10 +223,118 @@ func MakePlan(ctx context.Context, l planLedger, filter ledger.Filter, o PlanOpt
 			return Plan{}, err
 		}
 	}
-	if o.Rate > 0 {
-		p.Seconds = float64(p.Requests) / o.Rate
+	if suspects.Requests > 0 {
+		if err := suspects.count(ctx, l); err != nil {
+			return Plan{}, err
+		}
+		p.Suspects = suspects
 	}
+	if p.PastPace, err = pastPace(ctx, l, o.OtherTarget); err != nil {
+		return Plan{}, err
+	}
+	p.estimate(o.Rate)
 	return p, nil
+}
+
+// estimate says how long it takes.
+func (p *Plan) estimate(rate float64) {
+	p.EstimateBy = ByRate
+	if rate == 0 && p.PastPace != nil {
+		rate, p.EstimateBy = p.PastPace.PerSecond, ByPace
+	}
+	sent := p.Requests
+	if p.Blocked != nil {
+		sent -= p.Blocked.Requests
+	}
+	if rate == 0 || sent == 0 {
+		p.EstimateBy = ""
+		return
+	}
+	p.Seconds = float64(sent) / rate
+}
+
+// Numbers of a past pace.
+const (
+	// paceRuns is how many runs it is taken of, and paceLook among how many they
+	// are looked for.
+	paceRuns, paceLook = 3, 100
+	// paceLeast is how many requests a run must have sent: a canary is over before
+	// it is fast.
+	paceLeast = 50
+)
+
+// pastPace gives the pace of the last runs to the APIs, or to another target.
+func pastPace(ctx context.Context, l planLedger, elsewhere bool) (*PastPace, error) {
+	runs, _, err := l.Runs(ctx, "", paceLook)
+	if err != nil {
+		return nil, fmt.Errorf("list runs: %w", err)
+	}
+	past := &PastPace{}
+	sent, seconds := int64(0), 0.0
+	for _, run := range runs {
+		var r struct { // of its report
+			Sent    int64   `json:"sent"`
+			Seconds float64 `json:"duration_seconds"`
+		}
+		if (run.Target != "") != elsewhere || len(past.Runs) == paceRuns {
+			continue
+		}
+		// One that has not ended has no report.
+		if json.Unmarshal(run.Report, &r) != nil || r.Sent < paceLeast || r.Seconds <= 0 {
+			continue
+		}
+		past.Runs = append(past.Runs, run.ID)
+		sent, seconds = sent+r.Sent, seconds+r.Seconds
+	}
+	if len(past.Runs) == 0 {
+		return nil, nil
+	}
+	past.PerSecond = float64(sent) / seconds
+	return past, nil
+}
+
+// looksDead reports whether an attempt ended as if the API had died, going by
+// what is kept of it.
+func looksDead(status int, failure string) bool {
+	switch status {
+	case http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
+		return true
+	}
+	if strings.HasPrefix(failure, "upstream: connect: ") {
+		return false // it saw nothing
+	}
+	// What the errors say of which [fates] makes a broken connection.
+	for _, one := range []error{io.EOF, syscall.ECONNRESET, syscall.EPIPE, syscall.ECONNABORTED} {
+		if strings.HasSuffix(failure, one.Error()) {
+			return true
+		}
+	}
+	return false
+}
+
+func (s *Suspects) add(q ledger.Request) {
+	s.Requests++
+	s.First = append(s.First, Suspect{ID: q.ID, Attempts: q.Attempts, Status: q.Status, Error: q.Error})
+	// They come in the order of ids, which a stable sort keeps.
+	slices.SortStableFunc(s.First, func(a, b Suspect) int { return b.Attempts - a.Attempts })
+	s.First = s.First[:min(len(s.First), MaxHeads)]
+}
+
+// count counts deaths.
+func (s *Suspects) count(ctx context.Context, l getter) error {
+	for i := range s.First {
+		one := &s.First[i]
+		d, err := l.Get(ctx, one.ID)
+		if err != nil && !errors.Is(err, ledger.ErrNotFound) {
+			return fmt.Errorf("read suspect: %w", err)
+		}
+		for _, a := range d.Facts.Attempts {
+			if looksDead(a.Status, a.Error) {
+				one.Deaths++
+			}
+		}
+	}
+	return nil
 }
 
 // planned is a request with a key that would be sent.
@@ -203,12 +379,17 @@ func (p *Plan) block(ctx context.Context, l planLedger, by order, ordered []plan
 	return err
 }
 
-func (p *Plan) add(q ledger.Request) {
+func (p *Plan) add(q ledger.Request, key orderKey) {
 	p.Requests++
 	p.Bytes += q.Size
 	p.Routes[q.Route]++
 	p.States[q.State]++
 	p.Statuses[statusName(q.Status)]++
+	if !key.none() {
+		p.Keyed++
+		p.keys[key] = struct{}{}
+		p.Keys = int64(len(p.keys))
+	}
 	if p.Oldest.IsZero() || q.ReceivedAt.Before(p.Oldest) {
 		p.Oldest = q.ReceivedAt
 	}
@@ -218,7 +399,7 @@ func (p *Plan) add(q ledger.Request) {
 	if len(p.Sample) < sampleSize {
 		p.Sample = append(p.Sample, Sample{
 			ID: q.ID, ReceivedAt: q.ReceivedAt, Method: q.Method, Target: printable(q.Target),
-			State: q.State, Status: q.Status, Error: q.Error, Attempts: q.Attempts,
+			Route: q.Route, Key: printable(key.value), Bytes: q.Size, State: q.State, Status: q.Status, Error: q.Error, Attempts: q.Attempts,
 		})
 	}
 }
@@ -234,32 +415,37 @@ func statusName(status int) string {
 func (p *Plan) WriteText(w io.Writer, concurrency int) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, "selection  %s\n", describe(p.Filter))
-	fmt.Fprintf(&b, "to send    %d requests, %s of bodies\n", p.Requests, humanize.IBytes(uint64(max(p.Bytes, 0))))
+	fmt.Fprintf(&b, "to send    %s requests, %s of bodies\n", comma(p.Requests), humanize.IBytes(uint64(max(p.Bytes, 0))))
 	if p.Limit > 0 {
-		fmt.Fprintf(&b, "limit      %d\n", p.Limit)
+		fmt.Fprintf(&b, "limit      %s, beyond which %s more match\n", comma(int64(p.Limit)), comma(p.Beyond))
 	}
 	if p.Requests > 0 {
-		fmt.Fprintf(&b, "received   %s to %s\n", stamp(p.Oldest), stamp(p.Newest))
+		fmt.Fprintf(&b, "oldest     %s, %s\n", stamp(p.Oldest), humanize.RelTime(p.Oldest, p.At, "ago", "ahead"))
+		fmt.Fprintf(&b, "newest     %s, %s\n", stamp(p.Newest), humanize.RelTime(p.Newest, p.At, "ago", "ahead"))
 		fmt.Fprintf(&b, "routes     %s\n", counts(p.Routes))
 		fmt.Fprintf(&b, "states     %s\n", counts(p.States))
 		fmt.Fprintf(&b, "statuses   %s\n", counts(p.Statuses))
-		if p.Seconds > 0 {
-			fmt.Fprintf(&b, "takes      %s at the given rate\n", time.Duration(p.Seconds*float64(time.Second)).Round(time.Second))
-		} else {
-			fmt.Fprintf(&b, "takes      as long as the API needs, %d at a time (no --rate)\n", concurrency)
-		}
+		fmt.Fprintf(&b, "keys       %s\n", p.keyLine())
+		fmt.Fprintf(&b, "takes      %s\n", p.takes(concurrency))
 	}
-	fmt.Fprintf(&b, "not sent   waiting %d, quarantined %d, payload gone %d\n", p.Waiting, p.Quarantined, p.PayloadExpired)
+	fmt.Fprintf(&b, "not sent   waiting %s, quarantined %s, payload gone %s\n", comma(p.Waiting), comma(p.Quarantined), comma(p.PayloadExpired))
+	if p.Waiting > 0 {
+		fmt.Fprintf(&b, "           those that wait have no verdict yet, and are in their grace until %s at the latest\n", stamp(p.WaitingUntil))
+	}
 	b.WriteString(p.Blocked.lines())
 	if len(p.Unrouted) > 0 {
 		fmt.Fprintf(&b, "no route   %s (would be left alone)\n", printable(counts(p.Unrouted)))
 	}
+	if err := p.Suspects.write(&b); err != nil {
+		return err
+	}
 	if len(p.Sample) > 0 {
 		b.WriteString("\n")
 		t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-		fmt.Fprintln(t, "ID\tRECEIVED\tMETHOD\tTARGET\tSTATE\tSTATUS\tATTEMPTS")
+		fmt.Fprintln(t, "ID\tRECEIVED\tMETHOD\tTARGET\tKEY\tBYTES\tSTATE\tSTATUS\tATTEMPTS")
 		for _, s := range p.Sample {
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%d\n", s.ID, stamp(s.ReceivedAt), printable(s.Method), s.Target, s.State, statusName(s.Status), s.Attempts)
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%d\t%s\t%s\t%d\n", s.ID, stamp(s.ReceivedAt), printable(s.Method),
+				clip(s.Target), clip(cmp.Or(s.Key, "-")), s.Bytes, s.State, statusName(s.Status), s.Attempts)
 		}
 		if err := t.Flush(); err != nil {
 			return err
@@ -267,6 +453,61 @@ func (p *Plan) WriteText(w io.Writer, concurrency int) error {
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+func (p *Plan) keyLine() string {
+	if p.Keyed == 0 {
+		return "none: no order is kept"
+	}
+	return fmt.Sprintf("%s, of %s requests, which keep their order", comma(p.Keys), comma(p.Keyed))
+}
+
+// takes says how long it takes, and how that is known.
+func (p *Plan) takes(concurrency int) string {
+	past := ""
+	if p.PastPace != nil {
+		past = fmt.Sprintf("%.1f/s, the pace of the last runs (%s)", p.PastPace.PerSecond, strings.Join(p.PastPace.Runs, ", "))
+	}
+	took := "less than a second"
+	if p.Seconds >= 1 {
+		took = time.Duration(p.Seconds * float64(time.Second)).Round(time.Second).String()
+	}
+	switch {
+	case p.EstimateBy == ByPace:
+		return fmt.Sprintf("%s at %s", took, past)
+	case p.EstimateBy == ByRate && past != "":
+		return fmt.Sprintf("%s at the given rate, if the API can; compare %s", took, past)
+	case p.EstimateBy == ByRate:
+		return took + " at the given rate, if the API can"
+	case p.Blocked != nil && p.Blocked.Requests == p.Requests:
+		return "no time: all of them are blocked"
+	}
+	return fmt.Sprintf("as long as the API needs, %d at a time (no --rate, and no earlier run to go by)", concurrency)
+}
+
+// write writes suspects for people.
+func (s *Suspects) write(w io.Writer) error {
+	if s == nil {
+		return nil
+	}
+	fmt.Fprintf(w, "suspects   %s whose last attempt may have killed the API (the connection broke, or 502, 503, 504)\n", comma(s.Requests))
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	for _, one := range s.First {
+		fmt.Fprintf(t, "  %s\t%d of %d attempts\t%s\n", one.ID, one.Deaths, one.Attempts, reason(one.Status, one.Error))
+	}
+	return t.Flush()
+}
+
+// comma writes a number so that it can be read at a glance.
+func comma(n int64) string { return humanize.Comma(n) }
+
+// clip keeps a table as wide as a terminal.
+func clip(s string) string {
+	const most = 40
+	if len(s) <= most {
+		return s
+	}
+	return s[:most-3] + "..."
 }
 
 // counts writes "a 3, b 1", the most frequent first.
