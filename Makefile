@@ -35,13 +35,13 @@ demo: build ## break an API and this gateway under load, replay, and count what 
 
 .PHONY: test
 test: tools build ## run all tests, and fuzz the edge for FUZZTIME; gets what they need by package manager
-	@tools/need.sh python3=python3 curl=curl nginx=nginx-light
+	@tools/need.sh python3=python3 curl=curl nginx=nginx-light haproxy=haproxy
 	@$(GOTEST) work
 	@cd e2e && go test -run '^$$' -fuzz '^FuzzEdge$$' -fuzztime $(FUZZTIME) -fuzzminimizetime 5s ./edge/fuzz
 
 .PHONY: test-race
 test-race: tools build ## run the tests of every package with the race detector
-	@tools/need.sh python3=python3 curl=curl nginx=nginx-light
+	@tools/need.sh python3=python3 curl=curl nginx=nginx-light haproxy=haproxy
 	@$(GOTEST) -race work
 
 .PHONY: fuzz
@@ -60,6 +60,12 @@ mutants: tools build ## break the code on purpose, one way at a time, and see a 
 bench: build ## compare with nginx: requests/s, latency, CPU and memory, side by side
 	@tools/need.sh nginx=nginx-light wrk=wrk
 	@go run ./e2e/cmd/bench -bin bin
+
+.PHONY: bench-connections
+bench-connections: build ## what idle and slow clients cost one ingress
+	@tools/need.sh wrk=wrk
+	@go run ./e2e/cmd/bench -bin bin -idle 10000
+	@go run ./e2e/cmd/bench -bin bin -slow 200
 
 .PHONY: bench-memory
 bench-memory: build ## send 5 GiB of large bodies through standalone; its memory must stay below 300 MiB

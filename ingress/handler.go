@@ -191,8 +191,10 @@ func (t *transaction) serveCaptured() {
 	}
 	if whole || size >= 0 {
 		if trailer := t.trailer(); len(trailer) > 0 {
-			coded := wire.AppendChunkSize(nil, int64(len(t.b.body)))
-			coded = append(append(coded, t.b.body...), "\r\n"...)
+			var coded []byte
+			if len(t.b.body) > 0 { // an empty chunk would be the end
+				coded = wire.AppendChunk(coded, t.b.body)
+			}
 			t.b.body = wire.AppendLastChunk(coded, trailer)
 			t.serveInline(wire.Chunked)
 			return

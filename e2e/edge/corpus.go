@@ -308,6 +308,7 @@ func bodies() (cases []Case) {
 			passes("chunked, leading zeros, "+what, chunked(start, "0000000000000005\r\nhello\r\n000\r\n\r\n")),
 			passes("chunked, extensions, "+what, chunked(start, "5;a\r\nhello\r\n1;b=c;d=\"e;f\"\r\n!\r\n0;last\r\n\r\n")),
 			passes("chunked, trailers, "+what, chunked(start, "5\r\nhello\r\n0\r\nX-Sum: 1\r\nx-sum: 2\r\nX-Empty:\r\n\r\n", "Trailer: X-Sum")),
+			passes("chunked, trailers of an empty body, "+what, chunked(start, "0\r\nX-Sum: 1\r\n\r\n")),
 			passes("chunked, framing in trailers, "+what, chunked(start, "5\r\nhello\r\n0\r\nContent-Length: 9\r\nTransfer-Encoding: chunked\r\nHost: other.test\r\nX-Sum: 1\r\n\r\n")),
 			passes("chunked, 256 KiB in chunks of 4 KiB, "+what, chunked(start, strings.Repeat("1000\r\n"+strings.Repeat("c", 4<<10)+"\r\n", 64)+"0\r\n\r\n")),
 			passes("chunked, all bytes, "+what, chunked(start, "100\r\n"+everyByte()+"\r\n0\r\n\r\n")),

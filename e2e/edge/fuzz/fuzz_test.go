@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -155,7 +156,14 @@ func FuzzEdge(f *testing.F) {
 	log := newErrorLog()
 	addr := start(f, api, log)
 
+	var before, beforeSaid []byte // what came too late to be counted there
 	f.Fuzz(func(t *testing.T, input []byte) {
+		last, lastSaid := before, beforeSaid
+		defer func() {
+			if t.Failed() {
+				t.Logf("the input before it: %q, answered %q", last, lastSaid)
+			}
+		}()
 		if len(input) > maxInput || bytes.Contains(input, []byte(edge.Sentinel)) {
 			t.Skip("longer than the longest limit is not odder; and of sentinels the API does not tell")
 		}
@@ -163,6 +171,7 @@ func FuzzEdge(f *testing.F) {
 		next := say(t, addr, []byte("GET "+edge.Sentinel+" HTTP/1.1\r\nHost: api.test\r\nConnection: close\r\n\r\n"))
 		require.True(t, bytes.HasPrefix(next, []byte("HTTP/1.1 200 OK\r\n")) && bytes.HasSuffix(next, []byte("sentinel\n")), "the next client: %q", next)
 
+		defer func() { before, beforeSaid = input, said }()
 		arrivals, _ := api.Take()
 		answered := 0
 		for br := bufio.NewReader(bytes.NewReader(said)); ; {
@@ -189,11 +198,11 @@ func FuzzEdge(f *testing.F) {
 			default:
 				require.Equal(t, http.StatusOK, resp.StatusCode)
 				require.Less(t, answered, len(arrivals), "an answer to no request: %q", said)
-				require.Equal(t, resp.Header.Values("X-Request-UUID"), arrivals[answered].Fields.Values("X-Request-UUID"))
+				require.Equal(t, resp.Header.Values("X-Request-UUID"), arrivals[answered].Fields.Values("X-Request-UUID"), "%v", raw(arrivals))
 				answered++
 			}
 		}
-		require.Equal(t, answered, len(arrivals), "more arrived than was answered: %q", said)
+		require.Equal(t, answered, len(arrivals), "more arrived than was answered: %q, %v", said, raw(arrivals))
 		for _, a := range arrivals {
 			require.Empty(t, a.Anomalies, "%q", a.Raw)
 			ids := a.Fields.Values("X-Request-UUID")
@@ -223,4 +232,13 @@ func say(t *testing.T, addr string, input []byte) []byte {
 		require.False(t, errors.As(err, &timeout) && timeout.Timeout(), "the connection does not end: %q, then %v", said, err)
 	}
 	return said
+}
+
+// raw gives what arrived, for a failure.
+func raw(arrivals []edge.Arrival) []string {
+	var all []string
+	for _, a := range arrivals {
+		all = append(all, fmt.Sprintf("%q", a.Raw))
+	}
+	return all
 }
