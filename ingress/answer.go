@@ -31,6 +31,10 @@ func (t *transaction) passAnswer(api *upstream.Exchange, resp *wire.Response) {
 		return
 	}
 	first, err := t.readFirst(api, resp)
+	if t.rt.KeepAnswers > 0 && t.captured {
+		t.beginKeeping(resp)
+		t.kept.add(t, first, err == io.EOF)
+	}
 	switch {
 	case err == io.EOF:
 		// The whole answer is here, and nothing has gone out yet.
@@ -144,6 +148,9 @@ func (t *transaction) stream(api *upstream.Exchange, resp *wire.Response, part [
 		n, err := api.Read(t.b.answer)
 		now = time.Now()
 		part = t.b.answer[:n]
+		if t.kept != nil {
+			t.kept.add(t, part, errors.Is(err, io.EOF))
+		}
 		switch {
 		case err == nil:
 		case errors.Is(err, io.EOF):

@@ -10,6 +10,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/stretchr/testify/require"
 
+	"github.com/holdfast-io/holdfast/pkg/capture"
 	"github.com/holdfast-io/holdfast/pkg/stream"
 )
 
@@ -43,10 +44,14 @@ func TestTheBrokerTakesTheLargestMessage(t *testing.T) {
 	b := newBroker(t, stream.Streams{})
 	o := newOptions(t, "http://127.0.0.1:1", b.connect())
 	s := *o.Settings
-	require.NoError(t, fits(b.connect(), &s))
-	require.ErrorContains(t, fits(small, &s), "128KiB at most")
+	require.NoError(t, fits(b.connect(), &s, 0))
+	require.ErrorContains(t, fits(small, &s, 0), "128KiB at most")
 	s.InlineBytes, s.MaxHeaderBytes = 4<<10, 4<<10
-	require.ErrorContains(t, fits(small, &s), "max_payload", "a chunk does not fit either")
+	require.ErrorContains(t, fits(small, &s, 0), "max_payload", "a chunk does not fit either")
+	require.NoError(t, fits(b.connect(), &s, capture.MaxAnswer))
+	_, medium := smallBroker(t, "127.0.0.1:-1", 600<<10)
+	require.NoError(t, fits(medium, &s, 256<<10))
+	require.ErrorContains(t, fits(medium, &s, capture.MaxAnswer), "HOLDFAST_KEEP_ANSWERS")
 	small.Close()
-	require.NoError(t, fits(small, &s), "one that is away says nothing")
+	require.NoError(t, fits(small, &s, 0), "one that is away says nothing")
 }

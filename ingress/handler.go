@@ -59,6 +59,7 @@ type buffers struct {
 	record []byte           // envelope, outcome
 	body   []byte           // inline body
 	answer []byte           // first part of the answer
+	kept   []byte           // of the answer, where the route keeps it
 	places []spool.Position // of the capture and its chunks
 }
 
@@ -79,8 +80,9 @@ type transaction struct {
 	begun    time.Time // when forwarding began
 	held     int64     // bytes of h.inflight
 	answered bool      // the head of the API's answer has come
-	code     int       // what the client got, 0: a reset connection
-	errText  string    // for the access log
+	kept     *keptAnswer
+	code     int    // what the client got, 0: a reset connection
+	errText  string // for the access log
 }
 
 // answerBuffer is how much of an answer is read before its first byte goes out:
@@ -131,6 +133,9 @@ func (t *transaction) end() {
 	t.log()
 	// Over HTTP/2 a write that a reset stream ended may still be reading its buffer.
 	if t.x.Request.Major == 1 && cap(t.b.body) <= int(t.h.inline)+chunkBytes && cap(t.b.head) <= 64<<10 {
+		if cap(t.b.kept) > keptPooled {
+			t.b.kept, t.b.record = nil, nil
+		}
 		t.h.buffers.Put(t.b)
 	}
 }
@@ -263,7 +268,7 @@ func (t *transaction) reserve(size int64, chunks int, framing int64) (proceed bo
 	head := t.h.head.append(t.b.head[:0], t.x, t.rt, framing)
 	t.b.head = head
 	// An abandon record may take the outcome's place.
-	res, err := t.h.spool.Reserve(chunks+2, int64(len(head))+size+maxOutcome+maxEnvelope*int64(chunks+2))
+	res, err := t.h.spool.Reserve(chunks+2, int64(len(head))+size+maxOutcome+t.rt.answerRoom+maxEnvelope*int64(chunks+2))
 	if err == nil {
 		t.res = res
 		t.captured = true
@@ -402,6 +407,9 @@ func (t *transaction) outcome(status int, verdict capture.Verdict, failure strin
 	o := capture.Outcome{ID: t.id, Ingress: t.h.ingress, Attempt: capture.Attempt{
 		Number: capture.FirstAttempt, StartedAt: t.begun, EndedAt: time.Now(), Status: status, Error: failure, Verdict: verdict,
 	}}
+	if t.kept != nil {
+		o.Answer = t.kept.end(status)
+	}
 	msg := capture.Message{Subject: capture.OutcomeSubject(t.rt.Name)}
 	t.b.record = o.AppendJSON(msg.AppendEnvelope(t.b.record[:0]))
 	if _, err := t.res.AppendWritten(t.b.record); err != nil {

@@ -29,6 +29,8 @@ const (
 	// maxOutcomes bounds the outcomes that share one message: what a message
 	// costs is spread thin by then, and a repeated one is still short.
 	maxOutcomes = 64
+	// maxTogether bounds their bytes: a message must fit the broker's max_payload.
+	maxTogether = 256 << 10
 )
 
 // publisher takes what is in the spool to the streams, in order, and again
@@ -237,7 +239,9 @@ func (p *publisher) gather(ctx context.Context, msg capture.Message, at spool.Po
 		return true, nil
 	}
 	o := &p.outcomes
-	if len(o.indexes) > 0 && (o.subject != msg.Subject || o.start != at.Start) {
+	// Outcomes are small, but for those with an answer.
+	large := len(o.data)+len(msg.Data) > maxTogether
+	if len(o.indexes) > 0 && (o.subject != msg.Subject || o.start != at.Start || large) {
 		if ok, err := p.flushOutcomes(ctx); err != nil || !ok {
 			return ok, err
 		}

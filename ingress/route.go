@@ -11,6 +11,7 @@ import (
 	"os"
 	"strings"
 
+	"github.com/holdfast-io/holdfast/pkg/capture"
 	"github.com/holdfast-io/holdfast/pkg/route"
 	"github.com/holdfast-io/holdfast/pkg/upstream"
 	"github.com/holdfast-io/holdfast/pkg/wire"
@@ -22,7 +23,9 @@ type destination struct {
 	*route.Route
 	ownHost bool // the API sees its own host, not the client's
 	pool    *upstream.Pool
-	http2   *http.Transport // for what cannot go as HTTP/1.1
+	// answerRoom is how many bytes what is kept of an answer adds to an outcome.
+	answerRoom int64
+	http2      *http.Transport // for what cannot go as HTTP/1.1
 }
 
 // orderKey is the request's ordering key, empty where there is none.
@@ -78,7 +81,7 @@ func newDestinations(s *Settings) (_ *destinations, err error) {
 			}
 		}
 		ds.all[r] = &destination{
-			Route: r, ownHost: !s.PreserveHost, pool: ds.pools[key], http2: newHTTP2Transport(cfg, r.Policy.Timeout),
+			Route: r, ownHost: !s.PreserveHost, pool: ds.pools[key], answerRoom: int64(capture.AnswerRoom(r.KeepAnswers)), http2: newHTTP2Transport(cfg, r.Policy.Timeout),
 		}
 		if s.RoutesFile == "" {
 			ds.only = ds.all[r]
@@ -102,6 +105,15 @@ func (ds *destinations) conns() float64 {
 		n += p.Conns()
 	}
 	return float64(n)
+}
+
+// keeps is the most that any route keeps of an answer.
+func (ds *destinations) keeps() int {
+	most := 0
+	for r := range ds.all {
+		most = max(most, r.KeepAnswers)
+	}
+	return most
 }
 
 // required reports whether some route refuses what cannot be stored.

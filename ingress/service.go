@@ -87,9 +87,6 @@ func New(o Options) (_ *Service, err error) {
 	if !capture.ValidIngress(s.IngressID) {
 		return nil, fmt.Errorf("HOLDFAST_INGRESS_ID %q: letters, digits, - and _, at most 64", s.IngressID)
 	}
-	if err := fits(o.Conn, s); err != nil {
-		return nil, err
-	}
 	times := defaultTimings()
 	if o.times != nil {
 		times = *o.times
@@ -110,6 +107,10 @@ func New(o Options) (_ *Service, err error) {
 	}
 	routes, err := newDestinations(s)
 	if err != nil {
+		return nil, err
+	}
+	if err := fits(o.Conn, s, routes.keeps()); err != nil {
+		routes.close()
 		return nil, err
 	}
 	group.OnStop("connections to the API", func(context.Context) error { routes.close(); return nil })
@@ -174,7 +175,7 @@ func New(o Options) (_ *Service, err error) {
 		tick := time.NewTicker(readyEvery)
 		defer tick.Stop()
 		for {
-			if err := errors.Join(fits(o.Conn, s), h.ready()); err != nil {
+			if err := errors.Join(fits(o.Conn, s, routes.keeps()), h.ready()); err != nil {
 				room.NotReady(err.Error())
 			} else {
 				room.Ready()
@@ -189,12 +190,22 @@ func New(o Options) (_ *Service, err error) {
 	return svc, nil
 }
 
+// outcomeBytes is the most that an outcome takes in a message.
+func outcomeBytes(answer int) int64 {
+	return maxEnvelope + maxOutcome + int64(capture.AnswerRoom(answer))
+}
+
 // maxAdded bounds what the gateway adds to a head: a host twice, addresses, itself.
 const maxAdded = 1 << 10
 
 // fits reports whether the broker, where it is known, takes the largest message:
-// an envelope with a head and a body that is not split, or with a chunk.
-func fits(nc *nats.Conn, s *Settings) error {
+// an envelope with a head and a body that is not split, or with a chunk, or an
+// outcome with so many bytes of an answer.
+func fits(nc *nats.Conn, s *Settings, answer int) error {
+	if most := nc.MaxPayload(); nc.IsConnected() && outcomeBytes(answer) > most {
+		return fmt.Errorf("the broker takes messages of %s at most (max_payload), and an outcome with %s of an answer (HOLDFAST_KEEP_ANSWERS, keep_answers of a route) needs %s",
+			service.ByteSize(most), service.ByteSize(answer), service.ByteSize(outcomeBytes(answer)))
+	}
 	need := int64(maxEnvelope) + max(int64(s.InlineBytes)+int64(s.MaxHeaderBytes)+maxAdded, chunkBytes)
 	if most := nc.MaxPayload(); nc.IsConnected() && need > most {
 		return fmt.Errorf("the broker takes messages of %s at most (max_payload), and HOLDFAST_INLINE_BYTES (%s) with HOLDFAST_MAX_HEADER_BYTES (%s) need %s",

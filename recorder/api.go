@@ -209,6 +209,13 @@ func (a *api) request(w http.ResponseWriter, r *http.Request) error {
 			return err
 		}
 	}
+	if a.secrets {
+		answers, err := a.store.Answers(ctx, id)
+		if err != nil {
+			return err
+		}
+		answer.Answers = answersOf(answers)
+	}
 	return writeJSON(w, answer)
 }
 

@@ -62,6 +62,30 @@ type singleRequest struct {
 	// Headers are in the order in which they were captured; absent when the
 	// payload has expired.
 	Headers []header `json:"headers,omitempty"`
+	// Answers are what routes keep of answers, those of the request's own API
+	// first; only for whoever has presented the token.
+	Answers []keptAnswer `json:"answers,omitempty"`
+}
+
+// keptAnswer is what is kept of the answer to one attempt.
+type keptAnswer struct {
+	Attempt   int    `json:"attempt"`
+	Run       string `json:"run,omitempty"`       // absent for the first try
+	Elsewhere bool   `json:"elsewhere,omitempty"` // it is a test system's
+	Type      string `json:"content_type,omitempty"`
+	Encoding  string `json:"content_encoding,omitempty"`
+	Cut       bool   `json:"cut,omitempty"` // body is not all of it
+	Body      []byte `json:"body"`          // in base64, in the coding that content_encoding names
+}
+
+func answersOf(list []ledger.Answer) []keptAnswer {
+	var view []keptAnswer
+	for _, a := range list {
+		view = append(view, keptAnswer{
+			Attempt: a.Attempt, Run: a.Run, Elsewhere: a.Elsewhere, Type: text(a.Type), Encoding: text(a.Encoding), Cut: a.Cut, Body: a.Body,
+		})
+	}
+	return view
 }
 
 type attempt struct {

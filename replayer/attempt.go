@@ -40,7 +40,7 @@ func (r *runner) attempt(begin, flight context.Context, it *item) {
 		}
 	}
 	// Its place is free once the writer has room: results do not pile up.
-	r.writer.add(ledger.Ended{ID: b.ID, Token: b.Token, Attempt: a})
+	r.writer.add(ledger.Ended{ID: b.ID, Token: b.Token, Attempt: a, Answer: got.kept})
 	r.post(event{id: b.ID, landed: true, sent: sent, got: got, exam: exam, verdict: a.Verdict, began: a.StartedAt, ended: a.EndedAt})
 }
 
@@ -85,13 +85,31 @@ func (r *runner) send(begin, flight context.Context, up *Upstream, c ledger.Cand
 	// On its own goroutine, so that a cut run need not wait for the API. The
 	// goroutine ends by the timeout.
 	done := make(chan answer, 1)
-	go func() { done <- up.send(flight, r.Ledger, c, a, b.Expires) }()
+	go func() { done <- up.send(flight, r.Ledger, c, a, b.Expires, r.keeps(flight, up, c)) }()
 	select {
 	case got = <-done:
 		return got, !got.unsent
 	case <-flight.Done():
 		return answer{err: errors.New("interrupted before the answer came")}, true
 	}
+}
+
+// keeps is how many bytes of the answer are kept: as the route says, and from a
+// test system as much as there may be to compare with.
+func (r *runner) keeps(ctx context.Context, up *Upstream, c ledger.Candidate) int {
+	if r.Target == "" {
+		return up.keep
+	}
+	answers, err := r.Ledger.Answers(ctx, c.ID)
+	if err != nil {
+		r.Logger.Warn("answers could not be read, bodies are not compared", "request_id", c.ID, "err", err)
+	}
+	for i := range answers {
+		if !answers[i].Elsewhere {
+			return capture.MaxAnswer
+		}
+	}
+	return 0
 }
 
 // shape lets an answer shape the pace at which its API is sent to.

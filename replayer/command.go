@@ -8,12 +8,14 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/url"
 	"os"
 	"runtime"
 	"strings"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/spf13/cobra"
@@ -123,7 +125,7 @@ func (a *app) root() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "replayer",
 		Short:         "Sends captured requests to the API again",
-		Long:          "replayer sends captured requests to the API again, until it has processed them.\n\nExit codes: 0 nothing selected is left; 1 could not run; 2 bad usage or settings; 3 some are still\nreplayable; 4 only quarantined or rejected ones are left; 130, 143 interrupted, resumable.",
+		Long:          "replayer sends captured requests to the API again, until it has processed them.\n\nExit codes: 0 nothing selected is left; 1 could not run; 2 bad usage or settings; 3 some are still\nreplayable, or answers of a test system differ; 4 only quarantined or rejected ones are left; 130, 143 interrupted, resumable.",
 		Version:       service.Version() + " " + runtime.Version(),
 		SilenceErrors: true, SilenceUsage: true,
 		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
@@ -237,7 +239,7 @@ func (a *app) planCommand() *cobra.Command {
 	addFlags(cmd, append(append(filterFlags(), sendFlags()...), outputFlag)...)
 	a.does(cmd, func(v *values, args []string) func(context.Context) error {
 		none(v, args)
-		s, _ := v.filter(sendable)
+		s, _ := v.filter(v.chooses())
 		send := v.send()
 		output := v.output()
 		return func(ctx context.Context) error {
@@ -284,6 +286,9 @@ func (v *values) send() sending {
 		OrderBy: v.orderBy(), PastBlocked: v.yes("past-blocked"),
 		MaxAttempts: v.whole("max-attempts", 1, maxAttempts), Wait: v.duration("wait"), PauseLimit: v.duration("pause-limit"),
 	}
+	s.Speed, s.MaxGap = v.speed(s.rate), v.duration("max-gap")
+	s.Again, s.Ignore = v.yes("again"), v.paths()
+	v.tests(&s)
 	s.fence.Timeout = v.duration("fence-timeout")
 	s.fence.Ignore, _ = v.list("ignore-ingress")
 	return s
@@ -294,7 +299,7 @@ func (a *app) runCommand() *cobra.Command {
 	addFlags(cmd, append(append(filterFlags(), sendFlags()...), outputFlag)...)
 	a.does(cmd, func(v *values, args []string) func(context.Context) error {
 		none(v, args)
-		s, _ := v.filter(sendable)
+		s, _ := v.filter(v.chooses())
 		send := v.send()
 		output := v.output()
 		if text, _ := v.text("upstream"); text == "" && environment("HOLDFAST_UPSTREAM_URL") == "" && environment("HOLDFAST_ROUTES_FILE") == "" {
@@ -310,6 +315,13 @@ func (a *app) runCommand() *cobra.Command {
 }
 
 func (a *app) run(ctx context.Context, send sending, output string) error {
+	var guard *Guard
+	if send.upstream != nil {
+		var err error
+		if guard, err = a.guard(ctx, send.upstream); err != nil {
+			return err
+		}
+	}
 	store, err := a.open(ctx)
 	if err != nil {
 		return err
@@ -327,7 +339,7 @@ func (a *app) run(ctx context.Context, send sending, output string) error {
 	if err != nil {
 		return fmt.Errorf("use jetstream: %w", err)
 	}
-	up, err := a.upstreams(send)
+	up, err := a.upstreams(send, guard)
 	if err != nil {
 		return err
 	}
@@ -366,15 +378,45 @@ func (a *app) run(ctx context.Context, send sending, output string) error {
 	return a.print(output, &report, report.WriteText)
 }
 
+// guardTimeout bounds the look-ups before a test replay.
+const guardTimeout = 30 * time.Second
+
+// guard gives what keeps a test replay away from the APIs of all routes, after it
+// has let the target pass.
+func (a *app) guard(ctx context.Context, target *url.URL) (*Guard, error) {
+	var production []*url.URL
+	if !a.settings.UpstreamURL.IsZero() {
+		production = append(production, &a.settings.UpstreamURL.URL)
+	}
+	if a.table != nil {
+		for _, r := range a.table.Routes() {
+			production = append(production, r.Upstream)
+		}
+	}
+	if len(production) == 0 {
+		a.logger.Warn("neither HOLDFAST_UPSTREAM_URL nor HOLDFAST_ROUTES_FILE is set, so that nothing keeps this test replay away from the API")
+	}
+	guard, err := NewGuard(production, net.DefaultResolver, nil)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, guardTimeout)
+	defer cancel()
+	if err = guard.Check(ctx, target); errors.Is(err, ErrProduction) {
+		err = &usageError{problems: []string{"--upstream: " + err.Error()}}
+	}
+	return guard, err
+}
+
 // upstreams gives the APIs of all routes, or the other system that was asked for.
 // That one gets the requests as they were captured: a route's token is not for
 // it.
-func (a *app) upstreams(send sending) (interface {
+func (a *app) upstreams(send sending, guard *Guard) (interface {
 	Upstreams
 	Close()
 }, error) {
 	if send.upstream != nil {
-		o := UpstreamOptions{URL: send.upstream, CAFile: a.settings.UpstreamCAFile, MaxConns: send.concurrency, Health: send.health}
+		o := UpstreamOptions{URL: send.upstream, CAFile: a.settings.UpstreamCAFile, MaxConns: send.concurrency, Health: send.health, Dial: guard.DialContext}
 		if !a.settings.PreserveHost {
 			o.Host = send.upstream.Host
 		}
@@ -384,7 +426,7 @@ func (a *app) upstreams(send sending) (interface {
 	if a.table != nil {
 		o.Routes = a.table.Routes()
 	} else {
-		o.Routes = []*route.Route{{Name: capture.DefaultRoute, Upstream: &a.settings.UpstreamURL.URL}}
+		o.Routes = []*route.Route{{Name: capture.DefaultRoute, Upstream: &a.settings.UpstreamURL.URL, KeepAnswers: int(a.settings.KeepAnswers)}}
 	}
 	return NewRoutes(o)
 }

@@ -26,14 +26,14 @@ const nowhere = "nats://127.0.0.1:1"
 
 func TestEverythingThatIsWrongIsSaidAtOnce(t *testing.T) {
 	b := newBooks(t)
-	p := command(t, b, nowhere, "", "run", "--since", "yesterday", "--until=1h", "--state", "processed,lost", "--status", "600",
+	p := command(t, b, nowhere, "", "run", "--since", "yesterday", "--until=1h", "--state", "discarded,lost", "--status", "600",
 		"--route", "A", "--path", "x", "--id", "1", "--limit", "0", "--rate=-1", "--concurrency", "many", "--bogus", "--output", "xml",
 		"-x", "something", "--upstream", "http://h/path", "--wait", "1")
 	p.Env = append(p.Env, "HOLDFAST_REPLAY_MAX_ATTEMPTS=none", "HOLDFAST_REPLAY_ORDER_BY=header:", "HOLDFAST_REPLAY_PAST_BLOCKED=perhaps", "HOLDFAST_REPLAY_HEALTH_PATH=healthz", "HOLDFAST_LOG_LEVEL=loud", "HOLDFAST_SPOOL_DIRR=x")
 	require.Equal(t, 2, p.code(t))
 	require.Empty(t, p.stdout.String())
 	for _, want := range []string{
-		`--since: "yesterday"`, `--state: "processed" requests cannot be chosen`, `--state: "lost"`, `--status: "600"`, `--route: "A"`,
+		`--since: "yesterday"`, `--state: "discarded" requests cannot be chosen`, `--state: "lost"`, `--status: "600"`, `--route: "A"`,
 		`--path: "x"`, `--id: "1"`, `--limit: "0"`, `--rate: "-1"`, `--concurrency: "many"`, `--bogus: is not a flag`, `-x: is not a flag`,
 		`--output: "xml"`, `--upstream: has a path`, `--wait: "1"`, `HOLDFAST_REPLAY_MAX_ATTEMPTS: "none"`,
 		`HOLDFAST_REPLAY_ORDER_BY: "header:" is not allowed`, `HOLDFAST_REPLAY_PAST_BLOCKED: "perhaps"`, `HOLDFAST_REPLAY_HEALTH_PATH: "healthz"`, `HOLDFAST_LOG_LEVEL: "loud"`, `HOLDFAST_SPOOL_DIRR: is not the name of a setting`,
@@ -51,6 +51,13 @@ func TestUsageOfEveryCommand(t *testing.T) {
 		"run now":                                `"now" is not expected here`,
 		"run":                                    "HOLDFAST_UPSTREAM_URL: is required",
 		"plan --state quarantined":               "see replayer quarantine",
+		"run --state processed":                  "a test replay with --upstream may send them",
+		"run --again":                            "--again: needs --upstream",
+		"run --ignore $.id":                      "--ignore: needs --upstream",
+		"run --upstream http://h --ignore id":    `--ignore: "id" begins with $`,
+		"run --speed 0":                          `--speed: "0" is not a factor`,
+		"run --speed 2 --rate 5":                 "--speed: does not go with --rate",
+		"run --max-gap 1":                        `--max-gap: "1" is not a duration`,
 		"plan --since 1h --until 2h":             "--since: is not before --until",
 		"runs":                                   "one of list, show, cancel",
 		"runs show":                              "the ID of one run is needed",

@@ -41,7 +41,7 @@ func (r *runner) conclude(ctx context.Context, report *Report, err error) {
 	}
 	left, lerr := r.left(ctx)
 	if lerr == nil && r.Target != "" {
-		if report.Compared, lerr = compare(ctx, r.Ledger, r.run.ID, r.Ignore); lerr == nil {
+		if report.Compared, lerr = compare(ctx, r.Ledger, r.run.ID, r.Ignore, r.touched != nil); lerr == nil {
 			left = r.untested(left, report.Compared)
 		}
 	}

@@ -48,11 +48,15 @@ func filterFlags() []flagInfo {
 func sendFlags() []flagInfo {
 	return []flagInfo{
 		{name: "rate", def: "0", shown: "0, no limit", meaning: "send at most `N` requests a second"},
+		{name: "speed", shown: "none, as fast as the API answers", meaning: "send at the pace at which requests were received, `F` times as fast: 1 as it was, 10 in a tenth of the time; not with --rate"},
+		{name: "max-gap", def: "1m", meaning: "with --speed, take no pause between two requests for longer than `D`, before the factor"},
 		{name: "concurrency", def: "4", meaning: "have at most `N` requests in flight"},
 		{name: "max-attempts", def: "3", meaning: "send one request at most `N` times in this run"},
 		{name: "order-by", shown: "the key that was captured", meaning: "keep the order of requests with the same key: header:`NAME`, or none"},
 		{name: "past-blocked", def: "false", bool: true, meaning: "go on with a key though an earlier request of it is still open"},
 		{name: "upstream", shown: "the API of each request's route", meaning: "send to another system at `URL`: attempts change no state then"},
+		{name: "again", def: "false", bool: true, meaning: "with --upstream, send all of the selection anew: a test replay that was left unfinished is cancelled, not gone on with"},
+		{name: "ignore", list: true, meaning: "with --upstream, leave what is at this JSON `PATH` out of the comparison of bodies, for instance $.items[*].id; may be repeated"},
 		{name: "health-path", shown: "a connection is enough", meaning: "ask for `PATH` before requests that may have killed the API are sent: 2xx is well; for routes that name no health of their own"},
 		{name: "wait", def: "0s", meaning: "wait up to `D` for requests that match and cannot be sent yet"},
 		{name: "pause-limit", def: "5m", meaning: "pause for at most `D` while the API cannot be reached or asks to wait"},
@@ -173,6 +177,54 @@ func (v *values) whole(name string, least, most int) int {
 	return n
 }
 
+// speed reads the factor; 0 means none.
+func (v *values) speed(rate float64) float64 {
+	text, label := v.text("speed")
+	if text == "" {
+		return 0
+	}
+	f, err := strconv.ParseFloat(text, 64)
+	if err != nil || !(f >= 0.001 && f <= 1e6) {
+		v.wrong(label, text, "is not a factor from 0.001 to 1000000; write for instance 1 or 10")
+		return 0
+	}
+	if rate > 0 {
+		v.problems = append(v.problems, label+": does not go with --rate; give one of them")
+	}
+	return f
+}
+
+// paths reads the JSON paths of --ignore.
+func (v *values) paths() []JSONPath {
+	texts, label := v.list("ignore")
+	var paths []JSONPath
+	for _, text := range texts {
+		p, err := ParseJSONPath(text)
+		if err != nil {
+			v.wrong(label, text, "%v", err)
+			continue
+		}
+		paths = append(paths, p)
+	}
+	return paths
+}
+
+// tests refuses what only a test replay has, where there is none.
+func (v *values) tests(s *sending) {
+	if s.upstream != nil {
+		return
+	}
+	if upstream, _ := v.text("upstream"); upstream != "" {
+		return // it is wrong, and that was said
+	}
+	if s.Again {
+		v.problems = append(v.problems, "--again: needs --upstream; what the API has processed is not sent to it again")
+	}
+	if len(s.Ignore) > 0 {
+		v.problems = append(v.problems, "--ignore: needs --upstream; only a test replay compares answers")
+	}
+}
+
 func (v *values) rate() float64 {
 	text, label := v.text("rate")
 	if text == "" {
@@ -264,11 +316,20 @@ func (v *values) upstream() *url.URL {
 	return &u.URL
 }
 
-// states of requests that may be sent, and those that may be discarded.
+// states of requests that may be sent, to another target or at all, and those that may be discarded.
 var (
+	testable    = []capture.State{capture.StateReceived, capture.StateFailed, capture.StateRejected, capture.StateProcessed}
 	sendable    = []capture.State{capture.StateReceived, capture.StateFailed, capture.StateRejected}
 	discardable = []capture.State{capture.StateReceived, capture.StateFailed, capture.StateRejected, capture.StateQuarantined}
 )
+
+// chooses gives the states that plan and run may choose.
+func (v *values) chooses() []capture.State {
+	if upstream, _ := v.text("upstream"); upstream != "" {
+		return testable
+	}
+	return sendable
+}
 
 // replayable is the word for what a run selects when it is not told otherwise.
 const replayable = "replayable"
@@ -288,6 +349,9 @@ func (v *values) filter(allowed []capture.State) (s Selection, given bool) {
 			f.States = append(f.States, capture.State(state))
 		case slices.Contains(capture.States(), capture.State(state)):
 			hint := "they are closed"
+			if state == string(capture.StateProcessed) {
+				hint = "they are closed; a test replay with --upstream may send them"
+			}
 			if state == string(capture.StateQuarantined) {
 				hint = "see replayer quarantine"
 			}

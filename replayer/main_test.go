@@ -147,6 +147,13 @@ func (c *clock) Sleep(ctx context.Context, d time.Duration) error {
 	return nil
 }
 
+// pass lets time pass without anybody sleeping.
+func (c *clock) pass(d time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.now = c.now.Add(d)
+}
+
 func (c *clock) slept() []time.Duration {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -191,6 +198,8 @@ type request struct {
 	status         int // of the first try; -1: there is no outcome
 	chunked        bool
 	route          string
+	received       time.Time       // now by default
+	answer         *capture.Answer // to the first try
 	key            string
 }
 
@@ -222,12 +231,15 @@ func (b *books) capture(t testing.TB, requests ...request) []uuid.UUID {
 		if q.route == "" {
 			q.route = capture.DefaultRoute
 		}
+		if q.received.IsZero() {
+			q.received = now
+		}
 		id, err := uuid.NewV7()
 		require.NoError(t, err)
 		ids[i] = id
 		head := fmt.Sprintf("%s %s HTTP/1.1\r\nHost: api.example\r\n%sContent-Length: %d\r\n\r\n", q.method, q.target, q.headers, len(q.body))
 		r := &capture.Request{
-			ID: id, Route: q.route, Ingress: "gw", ReceivedAt: now, Policy: q.policy, OrderKey: q.key,
+			ID: id, Route: q.route, Ingress: "gw", ReceivedAt: q.received, Policy: q.policy, OrderKey: q.key,
 			Head: []byte(head), Body: q.body, Size: int64(len(q.body)),
 		}
 		if q.chunked {
@@ -247,7 +259,7 @@ func (b *books) capture(t testing.TB, requests ...request) []uuid.UUID {
 		if q.status == 0 {
 			q.status = http.StatusBadGateway
 		}
-		facts = append(facts, ledger.Fact{Outcome: &capture.Outcome{ID: id, Ingress: "gw", Attempt: capture.Attempt{
+		facts = append(facts, ledger.Fact{Outcome: &capture.Outcome{ID: id, Ingress: "gw", Answer: q.answer, Attempt: capture.Attempt{
 			Number: capture.FirstAttempt, StartedAt: now, EndedAt: now, Status: q.status,
 			Verdict: q.policy.Verdict(q.status, true, false),
 		}}})

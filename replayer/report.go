@@ -75,10 +75,10 @@ type Report struct {
 	// Compared is there for a run to another target. The report that the ledger
 	// keeps has no values of bodies in it.
 	Compared *Comparison `json:"compared,omitempty"`
-	End      string    `json:"end"`
-	Reason   string    `json:"reason,omitempty"`
-	ExitCode int       `json:"exit_code"`
-	Next     []string  `json:"next,omitempty"`
+	End      string      `json:"end"`
+	Reason   string      `json:"reason,omitempty"`
+	ExitCode int         `json:"exit_code"`
+	Next     []string    `json:"next,omitempty"`
 }
 
 // Pace is how much was in flight to the API, or to the one of several that took

@@ -45,7 +45,7 @@ func NewRoutes(o RoutesOptions) (*Routes, error) {
 			rs.Close()
 			return nil, fmt.Errorf("route %s: %w", r.Name, err)
 		}
-		up := &Upstream{api: shared.api, health: cmp.Or(r.Health, o.Health)}
+		up := &Upstream{api: shared.api, keep: r.KeepAnswers, health: cmp.Or(r.Health, o.Health)}
 		if !o.PreserveHost {
 			up.host = r.Upstream.Host
 		}

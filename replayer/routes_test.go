@@ -156,7 +156,7 @@ func TestWithoutAFileThereIsTheDefaultRouteAlone(t *testing.T) {
 	b.capture(t, mixed(1, capture.DefaultRoute)...)
 	p = command(t, b, n.server.ClientURL(), a.URL, "run", "--output", "json", "--upstream", other.URL)
 	p.Env = append(p.Env, writeRoutes(t, "routes: [{name: default, upstream: {url: \"http://127.0.0.1:1\"}, replay: {set_headers: {Authorization: {file: none}}}}]"))
-	require.Equal(t, 0, p.code(t), p.stderr.String())
+	require.Equal(t, 3, p.code(t), "it answers otherwise: %s", p.stderr.String())
 	require.Equal(t, map[string]int{"/default": 1, "/calls": 1}, other.targets())
 	require.Len(t, a.seen(), 1)
 }

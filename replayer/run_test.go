@@ -752,7 +752,8 @@ func TestAnotherTargetChangesNoState(t *testing.T) {
 	o := options(t, b, a.URL)
 	o.Target = a.URL
 	report := mustRun(t, o)
-	require.Equal(t, replayer.ExitOK, report.ExitCode)
+	require.Equal(t, replayer.ExitReplayable, report.ExitCode, "it answers otherwise")
+	require.EqualValues(t, 5, report.Compared.StatusDiffers)
 	require.Len(t, a.seen(), 5)
 	require.Equal(t, map[capture.State]int64{capture.StateFailed: 5}, b.states(t))
 }

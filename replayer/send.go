@@ -60,6 +60,7 @@ type Upstream struct {
 	*api
 	host   string   // replaces the captured one unless empty
 	set    []header // replace captured ones
+	keep   int      // bytes of answers that are kept
 	health string   // path of the API's health, empty where it has none
 }
 
@@ -236,7 +237,8 @@ type answer struct {
 	// broke is true when the connection broke after a part of the request was
 	// sent, timeout when the API took too long.
 	broke, timeout bool
-	err            error // why there is no whole answer
+	kept           *capture.Answer // nil where none is to be kept, or there is none
+	err            error           // why there is no whole answer
 }
 
 // death says how the API died during an attempt, as it seems: the connection
@@ -266,8 +268,9 @@ var errShortLease = errors.New("not sent: the lease would end before the timeout
 // send makes one attempt, and waits for the whole answer until the timeout of
 // the request's policy, and never beyond expires, when the attempt's lease ends:
 // reading the payload may take long, and the process may be stopped anywhere.
-// Nothing is sent twice, no redirect followed.
-func (u *Upstream) send(ctx context.Context, source payloads, c ledger.Candidate, a capture.Attempt, expires time.Time) answer {
+// Nothing is sent twice, no redirect followed. At most keep bytes of the answer
+// are kept.
+func (u *Upstream) send(ctx context.Context, source payloads, c ledger.Candidate, a capture.Attempt, expires time.Time, keep int) answer {
 	head, body, err := source.Payload(ctx, c.ID)
 	if err != nil {
 		return answer{err: fmt.Errorf("read payload: %w", err)}
@@ -291,9 +294,9 @@ func (u *Upstream) send(ctx context.Context, source payloads, c ledger.Candidate
 	}
 	defer x.Close()
 	if rest := c.Size - int64(len(first)); rest > 0 {
-		return exchange(x, body, rest)
+		return exchange(x, body, rest, keep)
 	}
-	return receive(x)
+	return receive(x, keep)
 }
 
 // firstPart is how much of a body is read before anything is sent; what is
@@ -301,7 +304,7 @@ func (u *Upstream) send(ctx context.Context, source payloads, c ledger.Candidate
 const firstPart = 256 << 10
 
 // exchange sends the rest of the body, then reads the answer.
-func exchange(x *upstream.Exchange, body io.Reader, rest int64) answer {
+func exchange(x *upstream.Exchange, body io.Reader, rest int64, keep int) answer {
 	buf := make([]byte, 64<<10)
 	for rest > 0 {
 		n, err := io.ReadFull(body, buf[:min(rest, int64(len(buf)))])
@@ -311,11 +314,11 @@ func exchange(x *upstream.Exchange, body io.Reader, rest int64) answer {
 			return answer{err: fmt.Errorf("read payload: %w", err)}
 		}
 		if _, err := x.Write(buf[:n]); err != nil {
-			return early(x, failed(err))
+			return early(x, failed(err), keep)
 		}
 		rest -= int64(n)
 	}
-	return receive(x)
+	return receive(x, keep)
 }
 
 // earlyGrace is how long an answer may take that was given before the whole
@@ -324,29 +327,48 @@ const earlyGrace = time.Second
 
 // early reads the answer of an API that did not read the whole request, a 413
 // for instance; without one it gives what the write met.
-func early(x *upstream.Exchange, write answer) answer {
+func early(x *upstream.Exchange, write answer, keep int) answer {
 	if err := x.Extend(time.Now().Add(earlyGrace)); err != nil {
 		return write
 	}
-	if got := receive(x); got.whole {
+	if got := receive(x, keep); got.whole {
 		return got
 	}
 	return write
 }
 
-func receive(x *upstream.Exchange) answer {
+func receive(x *upstream.Exchange, keep int) answer {
 	resp, err := x.Answer(nil)
 	if err != nil {
 		return failed(err)
 	}
 	got := answer{status: resp.Status, retryAfter: resp.Fields.Get("Retry-After")}
-	if _, err := io.Copy(io.Discard, struct{ io.Reader }{x}); err != nil {
+	sink := io.Discard
+	if keep > 0 {
+		got.kept = capture.NewAnswer(resp.Fields.Get("Content-Type"), resp.Fields.Get("Content-Encoding"))
+		sink = keeper{got.kept, keep}
+	}
+	if _, err := io.Copy(sink, struct{ io.Reader }{x}); err != nil {
+		if got.kept != nil {
+			got.kept.Cut = true
+		}
 		got.err = fmt.Errorf("answer cut short: %w", err)
 		got.broke, got.timeout = fates(err)
 		return got
 	}
 	got.whole = true
 	return got
+}
+
+// keeper keeps the beginning of what is written to it.
+type keeper struct {
+	answer *capture.Answer
+	most   int
+}
+
+func (k keeper) Write(b []byte) (int, error) {
+	k.answer.Keep(b, k.most)
+	return len(b), nil
 }
 
 func failed(err error) answer {

@@ -13,8 +13,9 @@ type Settings struct {
 	service.NATS
 	service.Ledger
 	service.Upstream
-	UpstreamURL service.URL `split_words:"true" secret:"true" shown:"required by run without HOLDFAST_ROUTES_FILE or --upstream" desc:"the API of the default route: http or https, and a host"`
-	RoutesFile  string      `split_words:"true" desc:"the file of routes: each request is sent to the API of its route; it replaces HOLDFAST_UPSTREAM_URL"`
+	UpstreamURL service.URL      `split_words:"true" secret:"true" shown:"required by run without HOLDFAST_ROUTES_FILE or --upstream" desc:"the API of the default route: http or https, and a host"`
+	KeepAnswers service.ByteSize `split_words:"true" default:"0" min:"0" max:"512KiB" desc:"how many bytes of the body of each answer are kept, of the default route"`
+	RoutesFile  string           `split_words:"true" desc:"the file of routes: each request is sent to the API of its route; it replaces HOLDFAST_UPSTREAM_URL"`
 }
 
 // problemsOf gives a line for each thing that is wrong with the settings.

@@ -44,7 +44,7 @@ func TestTheExampleFile(t *testing.T) {
 	require.Equal(t, &route.Route{
 		Name: "calls", Hosts: []string{"api.example.com", "*.api.example.com"}, Path: route.Path{Prefix: "/v1/calls"},
 		Methods: service.Methods{"POST", "PUT"}, Upstream: &url.URL{Scheme: "http", Host: "api:8080"},
-		Mode: route.Required, Captured: service.Methods{"POST", "PUT"}, MaxBody: 32 << 20,
+		Mode: route.Required, Captured: service.Methods{"POST", "PUT"}, MaxBody: 32 << 20, KeepAnswers: 64 << 10,
 		Policy: capture.Policy{
 			By: capture.ByEvent, Processed: "2xx,3xx", Failed: "408,425,429,5xx", Timeout: 30 * time.Second, Grace: time.Minute,
 		},
@@ -91,7 +91,7 @@ routes:
   name: first
   match: {path: {prefix: "/%61/../b/"}, methods: ["*"]}
   upstream: &api {url: "http://[::1]:81", timeout: 1ms}
-  capture: {mode: best_effort, methods: ["*"], max_body: 5}
+  capture: {mode: best_effort, methods: ["*"], max_body: 5, keep_answers: 64KiB}
   completion: {processed: [2xx, 404, 408]}
   grace: 0
   replay: {health: "/healthz?deep=1", set_headers: {X-B: {file: b/c}, authorization: {file: ./a}}}
@@ -109,6 +109,7 @@ routes:
 	require.Equal(t, route.Path{Prefix: "/b"}, first.Path)
 	require.Nil(t, first.Methods)
 	require.Equal(t, "[::1]:81", first.Upstream.Host)
+	require.Equal(t, []int{64 << 10, 0}, []int{first.KeepAnswers, third.KeepAnswers})
 	require.Equal(t, capture.Policy{
 		By: capture.ByResponse, Processed: "2xx,404,408", Failed: "425,429,5xx", Timeout: time.Millisecond, Grace: 0,
 	}, first.Policy)
@@ -202,9 +203,9 @@ func TestEveryProblemHasItsLine(t *testing.T) {
 			"4 upstream.url has a scheme that is not allowed", "5 upstream.url holds user info", "6 upstream.url has a path", "7 upstream.url has a query", `7 upstream.timeout: "30" is not a duration`,
 			"8 upstream.url is not a URL", `8 upstream.timeout: "-1s" is too small`,
 		}},
-		"capture": {"routes:\n- name: a\n  " + up + "\n  capture:\n    mode: on\n    methods: []\n    max_body: 5 apples\n- name: b\n  match: {methods: [PUT]}\n  " + up + "\n  capture: {max_body: 0, mode: false}\n", []string{
+		"capture": {"routes:\n- name: a\n  " + up + "\n  capture:\n    mode: on\n    methods: []\n    max_body: 5 apples\n    keep_answers: 513KiB\n- name: b\n  match: {methods: [PUT]}\n  " + up + "\n  capture: {max_body: 0, mode: false}\n", []string{
 			`5 capture.mode: "on" is not allowed; write required, best_effort or off`, "6 capture.methods is an empty list", `7 capture.max_body: "5 apples" is not a size`,
-			`11 capture.mode: "false"`, `11 capture.max_body: "0" is too small; the least is 1`,
+			`8 capture.keep_answers: "513KiB" is too large; the most is 512KiB`, `12 capture.mode: "false"`, `12 capture.max_body: "0" is too small; the least is 1`,
 		}},
 		"completion": {"routes:\n- name: a\n  " + up + "\n  completion:\n    by: both\n    processed: [2xx, 404, 408]\n    failed: [6xx, 99, \"4xx,5xx\", 408, 5xx, 5xx]\n  grace: -1s\n", []string{
 			`5 completion.by: "both" is not allowed; write response or event`, `7 "6xx" in completion.failed is no status`, `7 "99" in`, `7 "4xx,5xx" in`, "7 408 is both processed and failed", `7 "5xx" is twice in completion.failed`,

@@ -116,7 +116,7 @@ var (
 	matchKeys      = []string{"hosts", "path", "methods"}
 	pathKeys       = []string{"prefix", "exact"}
 	upstreamKeys   = []string{"url", "timeout"}
-	captureKeys    = []string{"mode", "methods", "max_body"}
+	captureKeys    = []string{"mode", "methods", "max_body", "keep_answers"}
 	completionKeys = []string{"by", "processed", "failed"}
 	replayKeys     = []string{"set_headers", "health"}
 	headerKeys     = []string{"file"}
@@ -333,14 +333,17 @@ func (r *reader) capture(n *yaml.Node, route *Route) {
 		route.Captured = r.methods(methods, "capture.methods")
 	}
 	if most, ok := fields["max_body"]; ok {
-		if text, ok := r.text(most, "capture.max_body"); ok {
-			var size service.ByteSize
-			if err := size.UnmarshalText([]byte(text)); err != nil {
-				r.wrong(most.Line, "capture.max_body: %s %v", quoted(text), err)
-			} else if size < 1 {
-				r.wrong(most.Line, "capture.max_body: %s is too small; the least is 1", quoted(text))
-			}
+		if size, ok := r.size(most, "capture.max_body"); ok && size < 1 {
+			r.wrong(most.Line, "capture.max_body: %s is too small; the least is 1", quoted(target(most).Value))
+		} else {
 			route.MaxBody = int64(size)
+		}
+	}
+	if most, ok := fields["keep_answers"]; ok {
+		if size, ok := r.size(most, "capture.keep_answers"); ok && size > capture.MaxAnswer {
+			r.wrong(most.Line, "capture.keep_answers: %s is too large; the most is %s", quoted(target(most).Value), service.ByteSize(capture.MaxAnswer))
+		} else {
+			route.KeepAnswers = int(size)
 		}
 	}
 }
@@ -461,6 +464,18 @@ func (r *reader) choice(n *yaml.Node, what string, allowed ...string) string {
 		return ""
 	}
 	return text
+}
+
+func (r *reader) size(n *yaml.Node, what string) (size service.ByteSize, ok bool) {
+	text, ok := r.text(n, what)
+	if !ok {
+		return 0, false
+	}
+	if err := size.UnmarshalText([]byte(text)); err != nil {
+		r.wrong(n.Line, "%s: %s %v", what, quoted(text), err)
+		return 0, false
+	}
+	return size, true
 }
 
 func (r *reader) duration(n *yaml.Node, what string, least time.Duration, into *time.Duration) {

@@ -41,7 +41,10 @@ type Route struct {
 	// [Route.Captures].
 	Captured service.Methods
 	MaxBody  int64 // bytes
-	Policy   capture.Policy
+	// KeepAnswers is how many bytes of the body of an answer to a captured request
+	// are kept, at most [capture.MaxAnswer]; 0 keeps none.
+	KeepAnswers int
+	Policy      capture.Policy
 	// Accept answers 202 for a request that is stored when the API fails. It goes
 	// with [Required] alone.
 	Accept bool
@@ -94,14 +97,15 @@ func Load(s service.Routes, maxBody int64) (*Table, error) {
 	policy.By = capture.CompletionBy(s.Completion)
 	policy.Timeout, policy.Grace = s.UpstreamTimeout, s.Grace
 	return newTable([]*Route{{
-		Name:     capture.DefaultRoute,
-		Upstream: &url.URL{Scheme: s.UpstreamURL.Scheme, Host: s.UpstreamURL.Host},
-		Mode:     Mode(s.Capture),
-		Captured: s.CaptureMethods,
-		MaxBody:  maxBody,
-		Policy:   policy,
-		Accept:   s.OnFailure == "accept",
-		OrderBy:  http.CanonicalHeaderKey(strings.TrimPrefix(s.OrderBy, "header:")),
+		Name:        capture.DefaultRoute,
+		Upstream:    &url.URL{Scheme: s.UpstreamURL.Scheme, Host: s.UpstreamURL.Host},
+		Mode:        Mode(s.Capture),
+		Captured:    s.CaptureMethods,
+		MaxBody:     maxBody,
+		KeepAnswers: int(s.KeepAnswers),
+		Policy:      policy,
+		Accept:      s.OnFailure == "accept",
+		OrderBy:     http.CanonicalHeaderKey(strings.TrimPrefix(s.OrderBy, "header:")),
 	}}), nil
 }
 

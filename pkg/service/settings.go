@@ -101,9 +101,10 @@ type Routes struct {
 	OnFailure       string        `split_words:"true" default:"passthrough" allowed:"passthrough,accept" desc:"what the client gets when the API fails: the failure, or 202 with the request's UUID once it is stored"`
 	Capture         string        `split_words:"true" default:"required" allowed:"required,best_effort,off" desc:"whether a request that cannot be stored is refused, passed on all the same, or none is stored"`
 	CaptureMethods  Methods       `split_words:"true" default:"POST,PUT,PATCH,DELETE" desc:"the methods that are captured, * for all; others are proxied uncaptured"`
+	KeepAnswers     ByteSize      `split_words:"true" default:"0" min:"0" max:"512KiB" desc:"how many bytes of the body of the API's answer are kept with each captured request, for test replays to compare with; 0 keeps none"`
 	OrderBy         string        `split_words:"true" desc:"header:NAME stores the value of that header with each request as its ordering key; replays send those of one key one at a time, in their order"`
 	Grace           time.Duration `split_words:"true" default:"1m" min:"0s" desc:"how long past its timeout a request without verdict stays untouched"`
-	RoutesFile      string        `split_words:"true" desc:"the file of routes, as docs/integration.md says; it replaces HOLDFAST_UPSTREAM_URL, _UPSTREAM_TIMEOUT, _COMPLETION, _ON_FAILURE, _CAPTURE, _CAPTURE_METHODS, _ORDER_BY and _GRACE"`
+	RoutesFile      string        `split_words:"true" desc:"the file of routes, as docs/integration.md says; it replaces HOLDFAST_UPSTREAM_URL, _UPSTREAM_TIMEOUT, _COMPLETION, _ON_FAILURE, _CAPTURE, _CAPTURE_METHODS, _KEEP_ANSWERS, _ORDER_BY and _GRACE"`
 }
 
 // Validate checks the default route, unless a routes file replaces it.

@@ -54,6 +54,7 @@ var promised = []struct{ name, def, local string }{
 	{"ON_FAILURE", "passthrough", ""},
 	{"CAPTURE", "required", ""},
 	{"CAPTURE_METHODS", "POST,PUT,PATCH,DELETE", ""},
+	{"KEEP_ANSWERS", "0", ""},
 	{name: "ORDER_BY"},
 	{"GRACE", "1m", ""},
 	{name: "ROUTES_FILE"},
