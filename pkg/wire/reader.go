@@ -12,6 +12,10 @@ const BufferBytes = 4 << 10
 // while nothing is in it, so that idle connections cost none, and it grows to
 // hold a whole head.
 type Reader struct {
+	// Grow is asked before the buffer grows by n bytes, and may refuse with the
+	// error that the read then gives. nil allows it.
+	Grow func(n int) error
+
 	src  io.Reader
 	buf  []byte
 	r, w int
@@ -53,7 +57,13 @@ func (r *Reader) more(limit int) error {
 		if r.w >= limit {
 			return ErrHeadTooLarge
 		}
-		grown := make([]byte, min(2*r.w, max(limit, r.w+1)))
+		size := min(2*r.w, max(limit, r.w+1))
+		if r.Grow != nil {
+			if err := r.Grow(size - r.w); err != nil {
+				return err
+			}
+		}
+		grown := make([]byte, size)
 		r.w = copy(grown, r.buf[:r.w])
 		r.buf = grown
 	}

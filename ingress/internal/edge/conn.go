@@ -126,6 +126,7 @@ func (c *conn) await() bool {
 		if b := c.ss.r.Take(); len(b) == wire.BufferBytes {
 			buf = (*buffer)(b)
 		}
+		c.ss.shrink()
 	}
 	buf, n := c.firstBytes(buf)
 	if n == 0 {
@@ -195,6 +196,7 @@ func (c *conn) getSession() {
 	if !ok {
 		ss = &session{w: make([]byte, 0, 2<<10)}
 		ss.r = wire.NewReader(source{ss})
+		ss.r.Grow = ss.grow
 		ss.x.peer = ss
 		ss.x.Answer = make(wire.Fields, 0, 16)
 	}
@@ -213,6 +215,7 @@ func (c *conn) putSession() {
 	if buf := ss.r.Take(); len(buf) == wire.BufferBytes {
 		c.s.buffers.Put((*buffer)(buf))
 	}
+	ss.shrink()
 	if cap(ss.w) > 4*flushBytes || len(ss.r.Buffered()) > 0 {
 		return
 	}

@@ -25,6 +25,9 @@ func newMetrics(reg prometheus.Registerer, s *Server) *metrics {
 			Name: "holdfast_connections", Help: "Connections of clients that are open.",
 		}, func() float64 { return float64(s.open()) }),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "holdfast_head_bytes", Help: "Bytes that heads of requests take above 4 KiB each; above 64 MiB in all, further ones are answered 503.",
+		}, func() float64 { return float64(s.headBytes.Load()) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "holdfast_connections_max", Help: "HOLDFAST_MAX_CONNECTIONS.",
 		}, func() float64 { return float64(s.o.Conns) }),
 	)

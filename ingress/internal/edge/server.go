@@ -52,11 +52,12 @@ type Server struct {
 	sessions sync.Pool // *session
 	buffers  sync.Pool // *buffer
 
-	draining atomic.Bool // answers close their connections
-	closing  atomic.Bool // connections that are idle are closed
-	stop     chan struct{}
-	once     sync.Once
-	refusing chan struct{} // a token for each refusal under way
+	draining  atomic.Bool // answers close their connections
+	closing   atomic.Bool // connections that are idle are closed
+	stop      chan struct{}
+	once      sync.Once
+	headBytes atomic.Int64  // of large heads, at most maxHeadBytes
+	refusing  chan struct{} // a token for each refusal under way
 
 	mu      sync.Mutex
 	conns   map[*conn]struct{}

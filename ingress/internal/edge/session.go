@@ -21,6 +21,7 @@ type session struct {
 	b wire.Body
 	w []byte // what is to be sent
 
+	grown     int       // bytes of the buffer above its first size
 	inBody    bool      // a body is being read, rather than a head
 	expecting bool      // the client waits for "100 Continue"
 	begun     time.Time // when reading the body began
@@ -50,6 +51,9 @@ const (
 	restBytes = 256 << 10
 	// minRate is the fewest bytes a second of a body, beside its time limit.
 	minRate = 1 << 10
+	// maxHeadBytes bounds what large heads take beside the first buffers, in all
+	// connections.
+	maxHeadBytes = 64 << 20
 	// flushBytes is how much is collected before it is sent.
 	flushBytes = 16 << 10
 )
@@ -62,6 +66,23 @@ func (s *session) start() {
 	s.x.Request.Reset()
 	s.x.ended, s.x.aborted, s.x.headed = false, false, false
 	s.x.Answer = s.x.Answer[:0]
+}
+
+// grow takes room for a head that does not fit into the first buffer: a client may
+// send the most of it and then nothing, and there may be many of them.
+func (s *session) grow(n int) error {
+	if s.c.s.headBytes.Add(int64(n)) > maxHeadBytes {
+		s.c.s.headBytes.Add(-int64(n))
+		return &wire.SyntaxError{Status: 503, Reason: "too many large heads are under way"}
+	}
+	s.grown += n
+	return nil
+}
+
+// shrink gives that room back, with the buffer.
+func (s *session) shrink() {
+	s.c.s.headBytes.Add(-int64(s.grown))
+	s.grown = 0
 }
 
 // accept takes a head that was read.

@@ -693,3 +693,22 @@ func TestNewRefusesAnAddressInUse(t *testing.T) {
 	require.ErrorContains(t, err, "listen")
 	require.True(t, errors.As(err, new(*net.OpError)))
 }
+
+// TestLargeHeadsShareABound: what is above the first buffers is counted, given
+// back, and refused when there is no room for it.
+func TestLargeHeadsShareABound(t *testing.T) {
+	s := start(t, echo)
+	large := "GET /a HTTP/1.1\r\nHost: x\r\nA: " + strings.Repeat("a", 6<<10) + "\r\n"
+	c := s.dial()
+	c.send(large)
+	require.Eventually(t, func() bool { return s.headBytes.Load() > 0 }, patience, time.Millisecond)
+	require.Positive(t, s.metric("holdfast_head_bytes"))
+	c.send("\r\n")
+	require.Equal(t, 200, c.receive().StatusCode)
+	require.Eventually(t, func() bool { return s.headBytes.Load() == 0 }, patience, time.Millisecond, "the connection is idle")
+
+	s.headBytes.Store(maxHeadBytes)
+	c.send(large + "\r\n")
+	require.Equal(t, 503, c.receive().StatusCode)
+	s.headBytes.Store(0)
+}
