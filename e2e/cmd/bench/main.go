@@ -6,8 +6,9 @@
 // of a stack is that of all its processes, from the first request until
 // everything it took is recorded; load generator and API are not counted.
 //
-// With -bodies, -idle or -slow it looks instead at what large bodies, idle
-// connections or slow clients cost. Each ends by itself.
+// With -bodies, -idle, -slow or -recovery it looks instead at what large bodies,
+// idle connections, slow clients or the replay of a large ledger cost. Each ends
+// by itself.
 package main
 
 import (
@@ -42,10 +43,11 @@ func main() {
 	bodies := flag.Int64("bodies", 0, "instead, send so many MiB of large bodies through standalone and look at its memory")
 	idle := flag.Int("idle", 0, "instead, keep so many idle connections on an ingress, and a tenth as many over TLS, and look at what they cost")
 	slow := flag.Int("slow", 0, "instead, have so many clients of each slow kind at an ingress, and look at what they cost")
+	recovery := flag.Int("recovery", 0, "instead, fill a ledger with so many requests, and replay them through crashes")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	if err := b.run(ctx, *only, *bodies<<20, *idle, *slow); err != nil {
+	if err := b.run(ctx, *only, *bodies<<20, *idle, *slow, *recovery); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		stop()
 		os.Exit(1)
@@ -80,7 +82,7 @@ type figures struct {
 	Errors                                    int
 }
 
-func (b *bench) run(ctx context.Context, only string, bodies int64, idle, slow int) (err error) {
+func (b *bench) run(ctx context.Context, only string, bodies int64, idle, slow, recovery int) (err error) {
 	if b.dir, err = os.MkdirTemp("", "bench-"); err != nil {
 		return fmt.Errorf("make a directory: %w", err)
 	}
@@ -97,6 +99,8 @@ func (b *bench) run(ctx context.Context, only string, bodies int64, idle, slow i
 		return b.idle(ctx, idle)
 	case slow > 0:
 		return b.slow(ctx, slow)
+	case recovery > 0:
+		return b.recovery(ctx, recovery)
 	}
 	api, err := b.startNginx(ctx, "api", "location / { return 200 ok; }", "")
 	if err != nil {
