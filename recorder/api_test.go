@@ -371,6 +371,30 @@ func TestCredentialsOnlyForTheToken(t *testing.T) {
 	require.Zero(t, open.log.contains(secret)+closed.log.contains(secret))
 }
 
+// TestKeptAnswersOnlyForTheToken: they are payload.
+func TestKeptAnswersOnlyForTheToken(t *testing.T) {
+	w := newWorld(t)
+	one := newRequest("POST", "/v1/calls", "the body")
+	w.record(one)
+	errs, err := w.store.Complete(t.Context(), []ledger.Fact{{Outcome: &capture.Outcome{
+		ID: one.ID, Attempt: capture.Attempt{Number: 1, StartedAt: time.Now(), EndedAt: time.Now(), Status: 200, Verdict: capture.Processed},
+		Answer: &capture.Answer{Type: "text/x", Encoding: "br", Cut: true, Body: []byte("s3cr3t\xff")},
+	}}})
+	require.NoError(t, err)
+	require.NoError(t, errs[0])
+	path := "/v1/requests/" + one.ID.String()
+	_, body := w.start(nil).do(http.MethodGet, path)
+	require.NotContains(t, string(body), "answers")
+	require.NotContains(t, string(body), base64.StdEncoding.EncodeToString([]byte("s3cr3t\xff")))
+
+	closed := w.start(nil, withToken(t, "t0ken"))
+	closed.token = "t0ken"
+	_, body = closed.do(http.MethodGet, path)
+	require.Contains(t, string(body), `"answers":[{"attempt":1,"content_type":"text/x","content_encoding":"br","cut":true,"body":"czNjcjN0/w=="}]`)
+	_, body = closed.do(http.MethodGet, "/v1/requests")
+	require.NotContains(t, string(body), "answers")
+}
+
 func TestAnyBytesOfATarget(t *testing.T) {
 	w := newWorld(t)
 	r := w.start(nil)
