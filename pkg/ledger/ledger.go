@@ -246,7 +246,8 @@ type Reader interface {
 	Payload(ctx context.Context, id uuid.UUID) (head []byte, body io.ReadCloser, err error)
 	// Answers gives what is kept of the answers to a request, those of its own
 	// API first, by run and number; none where nothing is kept, or nothing of it
-	// is known.
+	// is known. Of a test system's answers, those of a run's last attempt are kept
+	// until a run to another target that begins after its end has one.
 	Answers(ctx context.Context, id uuid.UUID) ([]Answer, error)
 	Stats(ctx context.Context) (Stats, error)
 	// AsideList gives messages that were set aside, oldest first, without Data

@@ -90,7 +90,6 @@ var answerTests = map[string]func(*bench){
 		}
 		b.Equal(before, []ledger.Detail{b.get(ids[1]), b.get(ids[2])})
 		b.Equal([]ledger.Answer{
-			{Attempt: 2, Run: test.ID, Elsewhere: true, Answer: capture.Answer{Body: []byte{0}}},
 			{Attempt: 3, Run: test.ID, Elsewhere: true, Answer: capture.Answer{Body: []byte{1}}},
 		}, b.answers(ids[1]))
 		tested, err := b.s.Tested(b.ctx, test.ID, uuid.Nil, 1)
@@ -105,6 +104,25 @@ var answerTests = map[string]func(*bench){
 			b.Equal(3, one.Attempt.Number)
 			b.Equal(200, one.Attempt.Status)
 			b.Equal(capture.Processed, one.Attempt.Verdict)
+		}
+		// The next test replay's takes its place, once this one has ended.
+		processed := b.captured(1)[0]
+		b.complete(b.answered(processed, capture.Processed, binaryAnswer))
+		all := ledger.Filter{States: []capture.State{capture.StateProcessed, capture.StateFailed}}
+		for n, want := range []int{2, 1, 1} {
+			_, again := b.openRun(all, "http://test.example")
+			for _, id := range []uuid.UUID{ids[1], processed} {
+				e := b.result(again, b.begun(again, id), capture.Processed, 200)
+				e.Answer = &capture.Answer{Body: make([]byte, 100*n)}
+				b.NoError(b.end(again, e)[0])
+			}
+			b.Len(b.answers(processed), 2, "its own, and this one's")
+			b.Len(b.answers(ids[1]), want)
+			b.recount()
+			b.NoError(b.s.EndRun(b.ctx, again, nil))
+			if n == 0 {
+				b.NoError(b.s.EndRun(b.ctx, l, nil))
+			}
 		}
 		none, err := b.s.Tested(b.ctx, run.ID, uuid.Nil, 10)
 		b.NoError(err)

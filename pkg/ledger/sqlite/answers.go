@@ -42,8 +42,9 @@ type answered struct {
 }
 
 // keepAnswer keeps the answer of an attempt, unless one is kept. Its bytes count
-// among those of the request's payload where that is known.
-func (t *tx) keepAnswer(id uuid.UUID, run string, number int, a *capture.Answer) error {
+// among those of the request's payload where that is known. elsewhere says that it
+// is a test system's.
+func (t *tx) keepAnswer(id uuid.UUID, run string, number int, a *capture.Answer, elsewhere bool) error {
 	if len(a.Body) > capture.MaxAnswer {
 		return refuse("an answer of %d bytes", len(a.Body))
 	}
@@ -57,19 +58,42 @@ func (t *tx) keepAnswer(id uuid.UUID, run string, number int, a *capture.Answer)
 	if err != nil || known && payload == 0 {
 		return err // what it would go with has gone
 	}
+	var freed int64
+	if elsewhere {
+		if freed, err = t.supersede(id, run, number); err != nil {
+			return err
+		}
+	}
 	n, err := t.exec("INSERT INTO answers (id, run, number, type, encoding, cut, body) VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
 		id[:], run, number, a.Type, a.Encoding, a.Cut, body)
-	if err != nil || n == 0 || !known || len(body) == 0 {
+	grown := n*int64(len(body)) - freed
+	if err != nil || !known || grown == 0 {
 		return err
 	}
 	switch {
 	case kept && changed == t.now:
-		t.answered.now += int64(len(body))
+		t.answered.now += grown
 	case kept:
-		t.answered.before += int64(len(body))
+		t.answered.before += grown
 	}
-	_, err = t.exec("UPDATE requests SET payload = payload + ? WHERE id = ?", len(body), id[:])
+	_, err = t.exec("UPDATE requests SET payload = payload + ? WHERE id = ?", grown, id[:])
 	return err
+}
+
+// superseded are the answers of test systems that an attempt of a run to another
+// target takes the place of: those of the run's earlier attempts, and of such
+// runs that have ended, whose reports have said what there was to say.
+const superseded = " FROM answers WHERE id = ? AND (run = ? AND number < ? OR run IN " +
+	"(SELECT r.id FROM runs r WHERE r.id = answers.run AND r.target <> '' AND r.state <> 'active'))"
+
+// supersede deletes them, and says how many bytes that frees: so repeated test
+// replays take no more room than one.
+func (t *tx) supersede(id uuid.UUID, run string, number int) (freed int64, err error) {
+	if _, err := t.get([]any{&freed}, "SELECT coalesce(sum(length(body)), 0)"+superseded, id[:], run, number); err != nil {
+		return 0, err
+	}
+	_, err = t.exec("DELETE"+superseded, id[:], run, number)
+	return freed, err
 }
 
 // answerBytes is how much the answers take that came before their request.

@@ -48,7 +48,7 @@ func (s *Store) Complete(ctx context.Context, facts []ledger.Fact) ([]error, err
 		},
 		func(t *tx, i int) error {
 			if o := facts[i].Outcome; answers && o != nil && o.Answer != nil && o.ID != uuid.Nil {
-				if err := t.keepAnswer(o.ID, o.Attempt.Run, o.Attempt.Number, o.Answer); err != nil {
+				if err := t.keepAnswer(o.ID, o.Attempt.Run, o.Attempt.Number, o.Answer, false); err != nil {
 					return err
 				}
 			}

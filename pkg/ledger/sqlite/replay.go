@@ -534,7 +534,10 @@ func (s *Store) End(ctx context.Context, l ledger.RunLease, results []ledger.End
 		func(t *tx, i int) (err error) {
 			e := &results[i]
 			if fenced[i], err = t.end(l.RunID, e); err == nil && fenced[i] == nil && answers && e.Answer != nil {
-				err = t.keepAnswer(e.ID, l.RunID, e.Attempt.Number, e.Answer)
+				var run ledger.Run
+				if run, _, err = t.run(l.RunID); err == nil {
+					err = t.keepAnswer(e.ID, l.RunID, e.Attempt.Number, e.Answer, run.Target != "")
+				}
 			}
 			return err
 		})
