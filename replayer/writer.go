@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
 	"time"
 
 	"github.com/holdfast-io/holdfast/pkg/ledger"
@@ -42,9 +41,8 @@ type ender interface {
 // writer writes results in groups: while one transaction runs, the results that
 // come meanwhile wait for the next.
 type writer struct {
-	in      chan ledger.Ended
-	done    chan struct{}
-	pending sync.WaitGroup // results that were added and not yet dealt with
+	in   chan ledger.Ended
+	done chan struct{}
 }
 
 // writeBatch bounds one transaction.
@@ -78,7 +76,6 @@ func newWriter(
 				}
 			}
 			if broken {
-				w.pending.Add(-len(batch))
 				continue
 			}
 			var errs []error
@@ -89,7 +86,6 @@ func newWriter(
 			if err != nil {
 				broken = true
 				failed(fmt.Errorf("write results: %w", err))
-				w.pending.Add(-len(batch))
 				continue
 			}
 			for i, e := range batch {
@@ -100,7 +96,6 @@ func newWriter(
 				}
 				wrote(e, errs[i] != nil)
 			}
-			w.pending.Add(-len(batch))
 		}
 	}()
 	return w
@@ -108,13 +103,8 @@ func newWriter(
 
 // add hands a result over. It waits while the queue is full.
 func (w *writer) add(e ledger.Ended) {
-	w.pending.Add(1)
 	w.in <- e
 }
-
-// flush returns when everything that was added has been written or given up.
-// Nothing is added meanwhile.
-func (w *writer) flush() { w.pending.Wait() }
 
 // close returns when everything has been written or given up.
 func (w *writer) close() {
