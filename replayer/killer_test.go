@@ -174,7 +174,7 @@ func mustBeIsolated(t *testing.T, b *books, ids []uuid.UUID, requests []request,
 			continue
 		}
 		killers++
-		require.Equal(t, capture.StateQuarantined, d.State, "killer %d: %+v", i, d)
+		require.Equal(t, capture.StateQuarantined, d.State, "killer %d: %+v", i, d.Facts.Attempts)
 		require.Len(t, d.Facts.Quarantines, 1)
 		require.Equal(t, capture.QuarantineKiller, d.Facts.Quarantines[0].Reason)
 		detail := d.Facts.Quarantines[0].Detail

@@ -229,8 +229,8 @@ type answer struct {
 	status     int
 	whole      bool
 	retryAfter string // as the API sent it
-	// unconnected is true when there was no connection, so that the API saw
-	// nothing.
+	// unconnected is true when there was no connection, or a dead one, so that the
+	// API saw nothing.
 	unconnected bool
 	// unsent is true when the lease left no time, so that nothing was tried.
 	unsent bool
@@ -375,7 +375,7 @@ func failed(err error) answer {
 	var failure *upstream.Error
 	got := answer{err: err}
 	if errors.As(err, &failure) {
-		got.unconnected = failure.Op == "connect" && !failure.Sent
+		got.unconnected = !failure.Sent // also where one that was kept alive had died
 		if failure.Sent {
 			got.broke, got.timeout = fates(failure)
 		}
