@@ -235,9 +235,18 @@ func (d *demo) killHoldfast(ctx context.Context) (unrecorded int, err error) {
 	return unrecorded, nil
 }
 
-// replay runs both replays, and says how often the API died of them.
+// replay shows the plan, runs both replays, and says how often the API died of them.
 func (d *demo) replay(ctx context.Context) (crashes int, err error) {
 	before := d.api.Crashes()
+	d.say("replayer plan")
+	code, out, err := d.sys.Replay(ctx, "plan")
+	if err != nil {
+		return 0, err
+	}
+	fmt.Println(out)
+	if code != 0 {
+		return 0, fmt.Errorf("the plan ended with exit code %d", code)
+	}
 	for _, run := range []struct {
 		args []string
 		code int // what is left by then
@@ -296,7 +305,7 @@ func (d *demo) judge(ctx context.Context, failed, unrecorded, crashes int) error
 	if order.Kept() {
 		kept = "yes"
 	}
-	d.say("what the clients' and the API's own records say:\n\n%s", v)
+	d.say("what the clients' and the API's own records say:\n\n%s", strings.TrimRight(v.String(), "\n"))
 	fmt.Printf("  %-26s %6d\n  %-26s %6d\n  %-26s %6d\n  %-26s %6s\n", "quarantined", len(quarantined),
 		"crashes of the API by it", byKiller, "keys in the replay", order.Keys, "order kept", kept)
 	switch {
