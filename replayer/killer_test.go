@@ -181,7 +181,14 @@ func mustBeIsolated(t *testing.T, b *books, ids []uuid.UUID, requests []request,
 		t.Log(detail)
 		require.Equal(t, 2, strings.Count(detail, "sent alone, ended at "), detail)
 		require.Equal(t, 2, strings.Count(detail, "; then "), detail)
-		require.LessOrEqual(t, d.Attempts, 4, "the first try, in company, alone, and alone again")
+		arrived := 0
+		for _, a := range d.Facts.Attempts {
+			// One that met an API that was still down costs nothing.
+			if !strings.Contains(a.Error, "upstream: connect: ") && !strings.Contains(a.Error, "upstream: write: ") {
+				arrived++
+			}
+		}
+		require.LessOrEqual(t, arrived, 4, "the first try, in company, alone, and alone again: %+v", d.Facts.Attempts)
 	}
 	require.Equal(t, killers, r.Quarantined)
 	require.Len(t, r.Killers, int(killers))
