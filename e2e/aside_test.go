@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -93,10 +94,23 @@ func TestFailureOfARecord(t *testing.T) {
 	config := filepath.Join(dir, "nats.conf")
 	require.NoError(t, os.WriteFile(config, []byte("max_payload: 64KB\n"), 0o600))
 	w := prepare(t, harness.Distributed, dir, nil)
-	w.NATSArgs("-c", config)
 	require.NoError(t, w.Start(t.Context()))
-
 	before := w.sends(2, http.StatusCreated)
+
+	// An ingress does not start with a broker that takes so little: this one comes
+	// back so.
+	w.Kill(harness.NATS)
+	w.NATSArgs("-c", config)
+	require.NoError(t, w.Start(t.Context(), harness.NATS))
+	require.Eventually(t, func() bool {
+		resp, err := http.Get(w.OpsURL(harness.Ingress) + "/readyz")
+		if err != nil {
+			return false
+		}
+		defer resp.Body.Close()
+		text, err := io.ReadAll(resp.Body)
+		return err == nil && resp.StatusCode == http.StatusServiceUnavailable && strings.Contains(string(text), "max_payload")
+	}, patience, 20*time.Millisecond)
 	oversize := w.sendBody(strings.Repeat("x", 100<<10))
 	w.answered(oversize, http.StatusCreated)
 	after := w.sends(2, http.StatusCreated)
