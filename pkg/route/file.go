@@ -14,6 +14,8 @@ import (
 	"unicode/utf8"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/holdfast-io/holdfast/pkg/service"
 )
 
 // Limits of a routes file. They are far above what people write, and keep a file
@@ -325,30 +327,9 @@ func nearest(word string, known []string) string {
 		if len(word) > 2*len(k) {
 			continue
 		}
-		if d := distance(word, k); d < fewest {
+		if d := service.Edits(word, k); d < fewest {
 			best, fewest = k, d
 		}
 	}
 	return best
-}
-
-// distance counts the insertions, deletions and replacements between a and b.
-func distance(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			change := diagonal
-			if a[i] != b[j] {
-				change++
-			}
-			diagonal = row[j+1]
-			row[j+1] = min(change, row[j]+1, row[j+1]+1)
-		}
-	}
-	return row[len(b)]
 }

@@ -354,7 +354,7 @@ func unknown(environ []string, known map[string]bool) []SettingError {
 func nearest(name string, known map[string]bool) string {
 	best, fewest := "", (len(name)-len(prefix)-1)/3+1
 	for candidate := range known {
-		d := distance(name, candidate)
+		d := Edits(name, candidate)
 		if d < fewest || d == fewest && best != "" && candidate < best {
 			best, fewest = candidate, d
 		}
@@ -362,8 +362,9 @@ func nearest(name string, known map[string]bool) string {
 	return best
 }
 
-// distance counts the insertions, deletions and replacements between a and b.
-func distance(a, b string) int {
+// Edits counts the insertions, deletions and replacements between a and b, to
+// find what somebody meant.
+func Edits(a, b string) int {
 	row := make([]int, len(b)+1)
 	for j := range row {
 		row[j] = j
